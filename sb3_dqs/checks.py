@@ -1,0 +1,155 @@
+"""Checks of what the user and the environment hand in: one clear error, before any work starts."""
+
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_dqs.temperature import make_temperature
+
+SCORE_TARGETS = ("posterior_mean", "energy_gradient")
+BACKUPS = ("soft", "hard")
+
+
+def _is_int(value: Any, low: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
+
+
+def _is_real(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return (
+        isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value)) and low <= float(value) <= high
+    )
+
+
+def _is_net_arch(value: Any) -> bool:
+    if isinstance(value, dict):
+        return set(value) == {"pi", "qf"} and all(_is_net_arch(layers) for layers in value.values())
+    return value is None or (isinstance(value, list) and all(_is_int(width, 1) for width in value))
+
+
+# Argument: (test, what it must be)
+ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (lambda v: callable(v) or _is_real(v, 0), "a number >= 0 or a function of the remaining progress"),
+    "buffer_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "learning_starts": (lambda v: _is_int(v, 0), "an integer >= 0"),
+    "batch_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "tau": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
+    "gamma": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
+    "gradient_steps": (lambda v: _is_int(v, -1), "an integer >= 0, or -1 for as many as steps in the environment"),
+    "n_steps": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "target_update_interval": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
+    "sde_sample_freq": (lambda v: v == -1 or _is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
+    "n_mc_samples": (lambda v: _is_int(v, 2), "an integer >= 2"),
+    "diffusion_steps": (lambda v: _is_int(v, 2), "an integer >= 2"),
+    "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
+    "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
+    "policy_kwargs": (lambda v: v is None or isinstance(v, dict), "a dictionary or None"),
+}
+POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
+    "n_critics": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "n_deterministic_samples": (lambda v: _is_int(v, 1), "an integer >= 1"),
+}
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """
+    Check the arguments of :class:`sb3_dqs.DQS` as far as they can be checked before anything is built.
+
+    :param arguments: name and value; names without a check pass
+    :raises ValueError: naming the argument, the value and the remedy
+    """
+    for name, (is_valid, requirement) in ARGUMENT_CHECKS.items():
+        if name in arguments and not is_valid(arguments[name]):
+            raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
+    if "ent_coef" in arguments:
+        make_temperature(arguments["ent_coef"], learning_rate=0.0, device="cpu")
+
+    policy_kwargs = arguments.get("policy_kwargs") or {}
+    for name, (is_valid, requirement) in POLICY_KWARGS_CHECKS.items():
+        if name in policy_kwargs and not is_valid(policy_kwargs[name]):
+            raise ValueError(f"policy_kwargs: {name}={policy_kwargs[name]!r} will not do: it must be {requirement}.")
+
+
+def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> None:
+    """
+    Check that the policy knows all the names in ``policy_kwargs``.
+
+    :param policy_class: class of the policy
+    :param policy_kwargs: as the user gave them
+    :raises ValueError: naming the unknown argument and the known ones
+    """
+    # Subclasses that pass **kwargs on are asked for the names of their parents, too
+    known = {name for cls in policy_class.__mro__ for name in inspect.signature(cls).parameters}
+    for name, value in policy_kwargs.items():
+        if name not in known:
+            raise ValueError(
+                f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; "
+                f"known are {', '.join(sorted(known - {'self', 'args', 'kwargs'}))}."
+            )
+
+
+def make_checked_env(env: GymEnv | str | None, verbose: int = 0) -> GymEnv | None:
+    """
+    Make the environment if it is given by name, and check its action space.
+
+    :param env: the environment, its name, or None
+    :param verbose: whether to say that it is made
+    :return: the environment
+    :raises ValueError: if the action space is not a box with finite bounds
+    """
+    made = maybe_make_env(env, verbose) if env is not None else None
+    if made is None:
+        return None
+    try:
+        _check_action_space(made.action_space)
+    except ValueError:
+        if isinstance(env, str):
+            made.close()
+        raise
+    return made
+
+
+def _check_action_space(action_space: gym.Space) -> None:
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"env: the action space is {action_space}, but DQS needs continuous actions (gymnasium.spaces.Box); "
+            "for discrete actions use DQN or PPO."
+        )
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise ValueError(
+            f"env: the action space {action_space} has infinite bounds, but DQS draws actions from a box; "
+            "wrap the environment in gymnasium.wrappers.RescaleAction or give the space finite bounds."
+        )
+    if not (action_space.low < action_space.high).all():
+        raise ValueError(
+            f"env: the action space {action_space} has a dimension whose low is not below its high; "
+            "remove that dimension from the action."
+        )
+
+
+def check_finite(what: str, value: Any, num_timesteps: int) -> None:
+    """
+    Stop at the first number that is not finite.
+
+    :param what: what the value is, for the message
+    :param value: a number, an array or a dictionary of arrays
+    :param num_timesteps: when
+    :raises ValueError: naming the quantity and the step
+    """
+    for part, array in value.items() if isinstance(value, dict) else [("", value)]:
+        if not np.isfinite(array).all():
+            name = f"{what} [{part}]" if part else what
+            raise ValueError(
+                f"{name} is not finite at step {num_timesteps}: {array}. Nothing of this step was stored or saved. If it came "
+                "from the environment, mend it there (gymnasium's check_env and SB3's VecCheckNan find the place); if "
+                "it is a loss, lower learning_rate or scale the rewards (VecNormalize), and go on from the last checkpoint."
+            )

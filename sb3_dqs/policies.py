@@ -1,0 +1,555 @@
+"""Networks of DQS: an actor that is a denoiser run backwards, critics, and the policies that hold both."""
+
+import warnings
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_dqs.diffusion import SIGMA_MAX, edm_scalings, sampling_levels, solve_reverse_ode
+from sb3_dqs.entropy import log_density
+
+# The noise level enters the network as sines and cosines of 2^0 ... 2^(N_FREQUENCIES - 1) times c_noise
+N_FREQUENCIES = 8
+# Rate of the running mean of the policy's variance
+VARIANCE_UPDATE_RATE = 0.01
+# Rows that a critic values at once on a CPU (on this much memory traffic is small beside the products)
+CPU_CHUNK_ROWS = 512
+
+
+class Actor(BasePolicy):
+    """
+    Actor network (policy) for DQS: a denoiser ``D(s, x, sigma)`` that estimates ``E[a | s, x]`` from a noisy action
+    ``x = a + sigma * eps``. Run from pure noise to none, it draws an action from the policy.
+    Scalings of Karras et al. (2022), "EDM", https://arxiv.org/abs/2206.00364, Table 1.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Network architecture
+    :param features_extractor: Network to extract features
+        (a CNN when using images, a nn.Flatten() layer otherwise)
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param use_sde: Whether to hold the sampler's noise between two calls of ``reset_noise()``
+    :param diffusion_steps: Number of denoiser calls per action
+    :param n_deterministic_samples: How many actions ``deterministic=True`` chooses from
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    """
+
+    action_space: spaces.Box
+    latent_bank: th.Tensor
+    frequencies: th.Tensor
+    variance: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: nn.Module,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        use_sde: bool = False,
+        diffusion_steps: int = 8,
+        n_deterministic_samples: int = 16,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+
+        # Save arguments to re-create object at loading
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.use_sde = use_sde
+        self.diffusion_steps = diffusion_steps
+        self.n_deterministic_samples = n_deterministic_samples
+
+        self.action_dim = get_action_dim(self.action_space)
+        self.levels = sampling_levels(diffusion_steps)
+
+        # The first layer is a sum of three: its observation part is computed once for all levels and all samples
+        width = net_arch[0] if len(net_arch) > 0 else self.action_dim
+        self.embed_features = nn.Linear(features_dim, width)
+        self.embed_action = nn.Linear(self.action_dim, width, bias=False)
+        self.embed_level = nn.Linear(2 * N_FREQUENCIES, width, bias=False)
+        if len(net_arch) > 0:
+            self.denoiser = nn.Sequential(activation_fn(), *create_mlp(width, self.action_dim, net_arch[1:], activation_fn))
+        else:
+            self.denoiser = nn.Sequential()
+
+        # Constants, rebuilt with the network and not saved
+        self.register_buffer("frequencies", 2.0 ** th.arange(N_FREQUENCIES), persistent=False)
+        uniforms = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_deterministic_samples)
+        self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
+        # Variance of the policy per dimension, averaged over states; at first that of the uniform policy
+        self.register_buffer("variance", th.full((self.action_dim,), 1 / 3))
+
+        if self.use_sde:
+            self.reset_noise()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                use_sde=self.use_sde,
+                diffusion_steps=self.diffusion_steps,
+                n_deterministic_samples=self.n_deterministic_samples,
+                features_extractor=self.features_extractor,
+            )
+        )
+        return data
+
+    def get_std(self) -> th.Tensor:
+        """
+        Standard deviation of the policy's actions in [-1, 1], given the state; a running root mean square over the
+        states of the last updates. Logged by SB3 as ``train/std`` with ``use_sde=True``.
+
+        :return: shape (action_dim,)
+        """
+        return self.variance.sqrt()
+
+    def update_std(self, errors: th.Tensor, sigma: th.Tensor) -> None:
+        """
+        Update what ``get_std()`` returns, from the errors at the highest noise level, where the denoiser answers the mean.
+
+        :param errors: ``a - D(s, x, sigma)`` for actions a of the policy, shape (batch_size, action_dim)
+        :param sigma: noise levels, shape (batch_size, 1)
+        """
+        at_max = (sigma >= SIGMA_MAX).to(errors.dtype)
+        variance = (at_max * errors.pow(2)).sum(dim=0) / at_max.sum().clamp(min=1)
+        self.variance.lerp_(variance, VARIANCE_UPDATE_RATE * at_max.sum().clamp(max=1))
+
+    def reset_noise(self, batch_size: int = 1) -> None:
+        """
+        Draw new noise for the sampler, to be held until the next call, when using ``use_sde=True``:
+        meanwhile the action is a smooth function of the state.
+
+        :param batch_size: number of environments, each with its own noise
+        """
+        if not self.use_sde:
+            raise ValueError("reset_noise() is only available with use_sde=True, and this actor was built with use_sde=False.")
+        self.held_latents = th.randn(batch_size, self.action_dim, device=self.device)
+
+    def embed(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        The observation's part of the first layer.
+
+        :param obs: Observation
+        :return: shape (batch_size, width of the first layer)
+        """
+        return self.embed_features(self.extract_features(obs, self.features_extractor))
+
+    def denoise(self, embedding: th.Tensor, x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+        """
+        Denoiser ``D(s, x, sigma) = c_skip x + c_out F(s, c_in x, c_noise)`` (Karras et al. 2022, equation (7)).
+
+        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param x: noisy actions, shape (..., action_dim)
+        :param sigma: noise levels, shape (..., 1)
+        :return: estimate of E[a | s, x], shape (..., action_dim)
+        """
+        c_skip, c_out, c_in, c_noise = edm_scalings(sigma)
+        phases = c_noise * self.frequencies
+        level = th.cat([phases.sin(), phases.cos()], dim=-1)
+        hidden = embedding + self.embed_action(c_in * x) + self.embed_level(level)
+        return c_skip * x + c_out * self.denoiser(hidden)
+
+    def sample(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
+        """
+        Run the reverse process.
+
+        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param latents: standard normal numbers, shape (..., action_dim)
+        :return: actions in [-1, 1], shape (..., action_dim)
+        """
+        levels = latents.new_tensor(self.levels).unsqueeze(1)
+
+        def denoise(x: th.Tensor, step: int) -> th.Tensor:
+            return self.denoise(embedding, x, levels[step])
+
+        return solve_reverse_ode(denoise, latents, self.levels)
+
+    def log_prob(self, embedding: th.Tensor, actions: th.Tensor, n_levels: int, n_noises: int = 1) -> th.Tensor:
+        """
+        Log-density of the policy; see :func:`sb3_dqs.entropy.log_density`.
+
+        :param embedding: what ``embed()`` returned, shape (batch_size, width)
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :param n_levels: number of noise levels of the integral
+        :param n_noises: number of noises per level
+        :return: noisy estimate in nats, shape (batch_size,)
+        """
+
+        def denoise(x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+            return self.denoise(embedding.unsqueeze(1), x, sigma)
+
+        return log_density(denoise, actions, n_levels, n_noises)
+
+    def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
+        """
+        The actions that deterministic ones are chosen from: those of the latent bank.
+
+        :param embedding: what ``embed()`` returned, shape (batch_size, width)
+        :return: actions in [-1, 1], shape (batch_size, n_deterministic_samples, action_dim)
+        """
+        latents = self.latent_bank.expand(embedding.shape[0], -1, -1)
+        return self.sample(embedding.unsqueeze(1), latents)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        embedding = self.embed(obs)
+        if deterministic:
+            return densest_action(self.sample_bank(embedding))
+        return self.sample(embedding, self._acting_latents(embedding))
+
+    def _acting_latents(self, embedding: th.Tensor) -> th.Tensor:
+        n_envs = embedding.shape[0]
+        if not self.use_sde:
+            return th.randn(n_envs, self.action_dim, device=embedding.device)
+        # As gSDE: one noise per environment, or the first one for batches of another size
+        return self.held_latents if len(self.held_latents) == n_envs else self.held_latents[:1].expand(n_envs, -1)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+def densest_action(actions: th.Tensor) -> th.Tensor:
+    """
+    The action with the nearest neighbours: the smallest sum of squared distances to the nearest quarter of the others.
+
+    :param actions: shape (batch_size, n_actions, action_dim)
+    :return: shape (batch_size, action_dim)
+    """
+    n_neighbours = max(1, actions.shape[1] // 4)
+    squared_distances = (actions.unsqueeze(2) - actions.unsqueeze(1)).pow(2).sum(dim=3)
+    nearest = squared_distances.topk(min(n_neighbours + 1, actions.shape[1]), dim=2, largest=False).values
+    best = nearest.sum(dim=2).argmin(dim=1)
+    return select_action(actions, best)
+
+
+def select_action(actions: th.Tensor, index: th.Tensor) -> th.Tensor:
+    """
+    One action per state.
+
+    :param actions: shape (batch_size, n_actions, action_dim)
+    :param index: which, shape (batch_size,)
+    :return: shape (batch_size, action_dim)
+    """
+    return actions.gather(1, index.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
+
+
+class Critic(ContinuousCritic):
+    """SB3's critics, able to value many actions per state at the price of one pass of the features extractor."""
+
+    def min_q_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        The smallest of the critics' values, for many actions per state; no gradient reaches the features extractor.
+
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, n_actions, action_dim)
+        :return: shape (batch_size, n_actions)
+        """
+        with th.no_grad():
+            features = self.extract_features(obs, self.features_extractor)
+        # On a CPU, small pieces stay in its cache
+        chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if features.device.type == "cpu" else actions.shape[1]
+        min_q_values = [
+            th.stack([_q_values(q_net, features, chunk) for q_net in self.q_networks]).min(dim=0).values
+            for chunk in actions.split(chunk_size, dim=1)
+        ]
+        return th.cat(min_q_values, dim=1)
+
+
+def _q_values(q_net: nn.Module, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """
+    Values of many actions per state by one critic network: its first layer is computed as a sum, the features' part
+    once per state, the action's part once per action.
+
+    :param q_net: ``nn.Sequential`` that begins with a linear layer
+    :param features: shape (batch_size, features_dim)
+    :param actions: shape (batch_size, n_actions, action_dim)
+    :return: shape (batch_size, n_actions)
+    """
+    assert isinstance(q_net, nn.Sequential)
+    first, others = q_net[0], q_net[1:]
+    assert isinstance(first, nn.Linear)
+    features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
+    hidden = F.linear(features, features_weight, first.bias).unsqueeze(1) + F.linear(actions, actions_weight)
+    return others(hidden).squeeze(2)
+
+
+class DQSPolicy(BasePolicy):
+    """
+    Policy class (with both actor and critic) for DQS.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy and value networks.
+    :param activation_fn: Activation function
+    :param use_sde: Whether to hold the sampler's noise between two calls of ``reset_noise()``
+    :param log_std_init: Accepted for the sake of SAC's configurations and ignored, with a warning:
+        the policy is no Gaussian
+    :param use_expln: Likewise
+    :param clip_mean: Likewise
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments
+        to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use,
+        ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments,
+        excluding the learning rate, to pass to the optimizer
+    :param n_critics: Number of critic networks to create.
+    :param share_features_extractor: Whether to share or not the features extractor
+        between the actor and the critic (this saves computation time)
+    :param diffusion_steps: Number of denoiser calls per action; ``DQS(diffusion_steps=...)`` sets it
+    :param n_deterministic_samples: How many actions ``deterministic=True`` chooses from
+    :param best_of_n_by_q: Let ``deterministic=True`` choose the action of highest value (smallest of the critics)
+        instead of the one in the densest place
+    """
+
+    actor: Actor
+    critic: Critic
+    critic_target: Critic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        use_sde: bool = False,
+        log_std_init: float | None = None,
+        use_expln: bool | None = None,
+        clip_mean: float | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        diffusion_steps: int = 8,
+        n_deterministic_samples: int = 16,
+        best_of_n_by_q: bool = False,
+    ):
+        # Copies, because SB3 adds to the dictionary of the features extractor
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            dict(features_extractor_kwargs or {}),
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=dict(optimizer_kwargs or {}),
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        for name, value in {"log_std_init": log_std_init, "use_expln": use_expln, "clip_mean": clip_mean}.items():
+            if value is not None:
+                warnings.warn(
+                    f"policy_kwargs: `{name}={value}` is ignored, it shapes SAC's Gaussian and DQS has none; "
+                    "remove it to silence this warning.",
+                    stacklevel=2,
+                )
+
+        if net_arch is None:
+            net_arch = [256, 256]
+
+        actor_arch, critic_arch = get_actor_critic_arch(net_arch)
+
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.best_of_n_by_q = best_of_n_by_q
+        self.share_features_extractor = share_features_extractor
+        net_kwargs = {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "activation_fn": self.activation_fn,
+            "normalize_images": normalize_images,
+        }
+        self.actor_kwargs = {
+            **net_kwargs,
+            "net_arch": actor_arch,
+            "use_sde": use_sde,
+            "diffusion_steps": diffusion_steps,
+            "n_deterministic_samples": n_deterministic_samples,
+        }
+        self.critic_kwargs = {
+            **net_kwargs,
+            "net_arch": critic_arch,
+            "n_critics": n_critics,
+            "share_features_extractor": share_features_extractor,
+        }
+
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = self.make_actor()
+        self.actor.optimizer = self.optimizer_class(
+            self.actor.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+        if self.share_features_extractor:
+            self.critic = self.make_critic(features_extractor=self.actor.features_extractor)
+            # The shared features extractor learns from the actor's loss only
+            critic_parameters = [param for name, param in self.critic.named_parameters() if "features_extractor" not in name]
+        else:
+            self.critic = self.make_critic(features_extractor=None)
+            critic_parameters = list(self.critic.parameters())
+
+        # Critic target should not share the features extractor with critic
+        self.critic_target = self.make_critic(features_extractor=None)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+
+        self.critic.optimizer = self.optimizer_class(
+            critic_parameters,
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+        # Target networks should always be in eval mode
+        self.critic_target.set_training_mode(False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                activation_fn=self.activation_fn,
+                use_sde=self.actor_kwargs["use_sde"],
+                diffusion_steps=self.actor_kwargs["diffusion_steps"],
+                n_deterministic_samples=self.actor_kwargs["n_deterministic_samples"],
+                best_of_n_by_q=self.best_of_n_by_q,
+                n_critics=self.critic_kwargs["n_critics"],
+                share_features_extractor=self.share_features_extractor,
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+            )
+        )
+        return data
+
+    def reset_noise(self, batch_size: int = 1) -> None:
+        """
+        Draw new noise for the sampler, when using ``use_sde=True``.
+
+        :param batch_size: number of environments, each with its own noise
+        """
+        self.actor.reset_noise(batch_size=batch_size)
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
+        return Actor(**actor_kwargs).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
+        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return Critic(**critic_kwargs).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if deterministic and self.best_of_n_by_q:
+            actions = self.actor.sample_bank(self.actor.embed(observation))
+            return select_action(actions, self.critic.min_q_values(observation, actions).argmax(dim=1))
+        return self.actor(observation, deterministic)
+
+    @th.no_grad()
+    def log_prob(self, obs: PyTorchObs, actions: th.Tensor, n_levels: int = 32, n_noises: int = 8) -> th.Tensor:
+        """
+        Log-density of the policy, a Monte Carlo estimate from ``n_levels * n_noises`` denoiser calls per action;
+        see :mod:`sb3_dqs.entropy` for the formula and its sources.
+
+        :param obs: Observation
+        :param actions: actions in [-1, 1] (as in the replay buffer), shape (batch_size, action_dim)
+        :param n_levels: number of noise levels of the integral
+        :param n_noises: number of noises per level
+        :return: log-density with respect to the actions in [-1, 1], in nats, shape (batch_size,)
+        """
+        embedding = self.actor.embed(obs)
+        return self.actor.log_prob(embedding, actions.reshape(len(embedding), -1), n_levels, n_noises)
+
+    @th.no_grad()
+    def entropy(self, obs: PyTorchObs, n_actions: int = 64, n_levels: int = 32) -> th.Tensor:
+        """
+        Entropy of the policy: minus the mean log-density of actions drawn from it.
+
+        :param obs: Observation
+        :param n_actions: number of actions per state
+        :param n_levels: number of noise levels of the integral
+        :return: entropy of the action in [-1, 1]^d, in nats, shape (batch_size,)
+        """
+        embedding = self.actor.embed(obs).repeat_interleave(n_actions, dim=0)
+        actions = self.actor.sample(embedding, th.randn(len(embedding), self.actor.action_dim, device=embedding.device))
+
+        return -self.actor.log_prob(embedding, actions, n_levels).reshape(-1, n_actions).mean(dim=1)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+MlpPolicy = DQSPolicy
+
+
+class CnnPolicy(DQSPolicy):
+    """
+    :class:`DQSPolicy` for images: ``NatureCNN`` is the default features extractor.
+
+    :param args: as :class:`DQSPolicy`
+    :param kwargs: as :class:`DQSPolicy`
+    """
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputPolicy(DQSPolicy):
+    """
+    :class:`DQSPolicy` for dictionary observations: ``CombinedExtractor`` is the default features extractor.
+
+    :param args: as :class:`DQSPolicy`
+    :param kwargs: as :class:`DQSPolicy`
+    """
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)

@@ -1,0 +1,119 @@
+"""The temperature of the policy, SB3's ``ent_coef``: fixed, scheduled, or tuned to reach a target entropy."""
+
+import math
+
+import torch as th
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule
+from torch import nn
+
+
+class LogLinearSchedule:
+    """
+    From ``initial`` to ``final``, linearly in the logarithm: the anneal of the paper.
+
+    :param initial: value at the beginning of training, positive
+    :param final: value at its end, positive
+    """
+
+    def __init__(self, initial: float, final: float):
+        self.initial, self.final = initial, final
+
+    def __call__(self, progress_remaining: float) -> float:
+        return math.exp(progress_remaining * math.log(self.initial) + (1 - progress_remaining) * math.log(self.final))
+
+    def __repr__(self) -> str:
+        return f"LogLinearSchedule(initial={self.initial}, final={self.final})"
+
+
+class ScheduledTemperature(nn.Module):
+    """
+    Temperature given by a function of the remaining progress (constant for a fixed one).
+
+    :param schedule: from the remaining progress (1 to 0) to the temperature
+    """
+
+    optimizer: None = None
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, progress_remaining: float) -> float:
+        value = float(self.schedule(progress_remaining))
+        if not (0 < value < math.inf):
+            raise ValueError(
+                f"ent_coef: the schedule gave {value} at progress_remaining={progress_remaining:.3f}; "
+                "it must be positive and finite all the way from 1 to 0."
+            )
+        return value
+
+
+class AutoTemperature(nn.Module):
+    """
+    Temperature tuned by gradient steps on its logarithm, as in SAC (Haarnoja et al. 2018,
+    https://arxiv.org/abs/1812.05905, equation (18)): it falls while the entropy is above the target.
+
+    :param initial: initial value, positive
+    :param learning_rate: initial learning rate of Adam
+    :param device: device of the parameter
+    """
+
+    def __init__(self, initial: float, learning_rate: float, device: th.device | str):
+        super().__init__()
+        self.log_ent_coef = nn.Parameter(th.full((1,), math.log(initial), device=device))
+        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+
+    def forward(self, progress_remaining: float) -> th.Tensor:
+        return self.log_ent_coef.detach().exp()
+
+    def update(self, entropy: th.Tensor, target_entropy: float) -> th.Tensor:
+        """
+        One gradient step.
+
+        :param entropy: estimate of the policy's entropy in nats, scalar
+        :param target_entropy: in nats
+        :return: the loss, before the step
+        """
+        loss = (self.log_ent_coef * (entropy - target_entropy).detach()).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def make_temperature(
+    ent_coef: str | float | Schedule, learning_rate: float, device: th.device | str
+) -> ScheduledTemperature | AutoTemperature:
+    """
+    Read ``ent_coef``: ``"auto"``, ``"auto_0.1"`` (tuned, from 1 or from 0.1), a number, a function of the remaining
+    progress, or ``"log_linear_1.0_0.01"`` (from the first number to the second).
+
+    :param ent_coef: as the user gave it
+    :param learning_rate: initial learning rate, for the tuned temperature
+    :param device: device of the tuned temperature
+    :return: the temperature
+    :raises ValueError: if it can be none of these
+    """
+    if callable(ent_coef):
+        return ScheduledTemperature(ent_coef)
+    try:
+        if isinstance(ent_coef, str) and ent_coef.startswith("auto"):
+            initial = 1.0 if ent_coef == "auto" else _positive(ent_coef.removeprefix("auto_"))
+            return AutoTemperature(initial, learning_rate, device)
+        if isinstance(ent_coef, str) and ent_coef.startswith("log_linear_"):
+            initial, final = map(_positive, ent_coef.removeprefix("log_linear_").split("_"))
+            return ScheduledTemperature(LogLinearSchedule(initial, final))
+        return ScheduledTemperature(ConstantSchedule(_positive(ent_coef)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'ent_coef={ent_coef!r} is not a temperature: pass "auto", "auto_0.1", a positive number, '
+            '"log_linear_1.0_0.01", or a function of the remaining progress.'
+        ) from error
+
+
+def _positive(value: str | float) -> float:
+    number = float(value)
+    if not (0 < number < math.inf):
+        raise ValueError(f"{number} is not positive and finite")
+    return number
