@@ -14,6 +14,9 @@ import torch as th
 
 LogDensity = Callable[[th.Tensor], th.Tensor]
 
+# Share of the states whose proposals are as wide as the noise
+WIDE_FRACTION = 0.5
+
 
 def sample_truncated_normal(mean: th.Tensor, std: th.Tensor, uniforms: th.Tensor) -> th.Tensor:
     """
@@ -60,9 +63,10 @@ def posterior_mean(
     """
     ``E[a | x]`` by iterated sampling-importance-resampling (i-SIR; Andrieu, Lee and Vihola 2018,
     https://arxiv.org/abs/1312.6432): the mean of K candidates weighted by ``p(a|x) / q(a|x)``. One candidate is the
-    action that x was made from (the anchor). The others are drawn from q: a normal distribution truncated to the box,
-    around the denoiser's present answer moved one step uphill on log p(a|x), as wide as p(a|x) would be if the policy
-    were Gaussian.
+    action that x was made from (the anchor). The others are drawn from q, a normal distribution truncated to the box,
+    whose centre is moved one step uphill on log p(a|x). For some states, drawn at random, it is as wide as the noise and
+    centred on x: it finds modes that the policy has lost. For the others it is centred on the denoiser's present
+    answer, and as wide as p(a|x) would be if the policy were Gaussian: it sharpens what the policy has.
 
     If the anchors are distributed as pi, then the anchor is a draw from p(a|x), and the estimate is unbiased for any
     K >= 2 and any such q: few samples slow the policy down but do not move its fixed point.
@@ -80,11 +84,12 @@ def posterior_mean(
     def log_posterior(candidates: th.Tensor) -> th.Tensor:
         return log_density(candidates) - ((candidates - x.unsqueeze(1)) / sigma.unsqueeze(1)).pow(2).sum(dim=2) / 2
 
-    # Posterior width of a Gaussian policy; one step of gradient ascent, squashed to that width in each dimension
-    width = sigma * policy_std / (sigma**2 + policy_std**2).sqrt()
+    wide = th.rand_like(sigma) < WIDE_FRACTION
+    width = th.where(wide, sigma, sigma * policy_std / (sigma**2 + policy_std**2).sqrt())
     with th.enable_grad():
-        start = denoised.clamp(-1, 1).detach().requires_grad_(True)
+        start = th.where(wide, x, denoised).clamp(-1, 1).detach().requires_grad_(True)
         (gradient,) = th.autograd.grad(log_posterior(start.unsqueeze(1)).sum(), start)
+    # The step is at most one width in each dimension, however steep the energy
     center = start.detach() + width * th.tanh(width * gradient)
 
     uniforms = th.rand(x.shape[0], n_samples - 1, x.shape[1], device=x.device)

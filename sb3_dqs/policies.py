@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dqs.diffusion import SIGMA_MAX, edm_scalings, sampling_levels, solve_reverse_ode
+from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, edm_scalings, sampling_levels, solve_reverse_ode
 from sb3_dqs.entropy import log_density
 
 # The noise level enters the network as sines and cosines of 2^0 ... 2^(N_FREQUENCIES - 1) times c_noise
@@ -130,7 +130,7 @@ class Actor(BasePolicy):
 
         :return: shape (action_dim,)
         """
-        return self.variance.sqrt()
+        return self.variance.sqrt().clamp(min=SIGMA_MIN)
 
     def update_std(self, errors: th.Tensor, sigma: th.Tensor) -> None:
         """
@@ -238,16 +238,18 @@ class Actor(BasePolicy):
 
 def densest_action(actions: th.Tensor) -> th.Tensor:
     """
-    The action with the nearest neighbours: the smallest sum of squared distances to the nearest quarter of the others.
+    The middle of the densest place: of every action and its nearest neighbours, a quarter of all, the mean of the
+    closest group.
 
     :param actions: shape (batch_size, n_actions, action_dim)
     :return: shape (batch_size, action_dim)
     """
-    n_neighbours = max(1, actions.shape[1] // 4)
+    group_size = min(1 + max(1, actions.shape[1] // 4), actions.shape[1])
     squared_distances = (actions.unsqueeze(2) - actions.unsqueeze(1)).pow(2).sum(dim=3)
-    nearest = squared_distances.topk(min(n_neighbours + 1, actions.shape[1]), dim=2, largest=False).values
-    best = nearest.sum(dim=2).argmin(dim=1)
-    return select_action(actions, best)
+    nearest = squared_distances.topk(group_size, dim=2, largest=False)
+    densest = nearest.values.sum(dim=2).argmin(dim=1)
+    group = nearest.indices.gather(1, densest.reshape(-1, 1, 1).expand(-1, 1, group_size)).squeeze(1)
+    return actions.gather(1, group.unsqueeze(2).expand(-1, -1, actions.shape[2])).mean(dim=1)
 
 
 def select_action(actions: th.Tensor, index: th.Tensor) -> th.Tensor:

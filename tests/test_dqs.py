@@ -1,0 +1,236 @@
+"""DQS as a citizen of Stable-Baselines3: arguments, training, logging, noise, reproducibility."""
+
+import inspect
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+
+from sb3_dqs import DQS, MlpPolicy
+from sb3_dqs.temperature import LogLinearSchedule
+
+LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
+
+
+def test_arguments_are_those_of_sac_in_its_order_then_ours_by_keyword():
+    ours, sac = (inspect.signature(cls.__init__).parameters for cls in (DQS, SAC))
+    assert list(ours)[: len(sac)] == list(sac)
+    for name, parameter in sac.items():
+        assert ours[name].default == parameter.default, name
+        assert ours[name].kind == parameter.kind, name
+    for name in list(ours)[len(sac) :]:
+        assert ours[name].kind == inspect.Parameter.KEYWORD_ONLY, name
+
+
+def test_every_argument_is_an_attribute_and_documented(make_model):
+    model = make_model()
+    for name in inspect.signature(DQS.__init__).parameters:
+        if name in ("self", "_init_setup_model"):
+            continue
+        assert f":param {name}:" in DQS.__doc__
+        attribute = {"policy": "policy_class", "stats_window_size": "_stats_window_size"}.get(name, name)
+        assert hasattr(model, attribute), name
+
+
+def test_no_warning_in_construction_and_learning(make_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model().learn(60)
+
+
+@pytest.mark.parametrize("verbose", [0, 2])
+def test_same_seed_same_actions_and_rewards_however_verbose(make_model, verbose):
+    def run(verbose):
+        model = make_model(verbose=verbose)
+        model.learn(500)
+        size = model.replay_buffer.size()
+        return model.replay_buffer.actions[:size], model.replay_buffer.rewards[:size]
+
+    for first, second in zip(run(0), run(verbose), strict=True):
+        assert np.array_equal(first, second)
+
+
+def test_other_seed_other_actions(make_model):
+    actions = [make_model(seed=seed).learn(60).replay_buffer.actions for seed in (0, 1)]
+    assert not np.array_equal(*actions)
+
+
+@pytest.mark.parametrize("ent_coef", ["auto", "auto_0.1", 0.2, "log_linear_1.0_0.01", LogLinearSchedule(1.0, 0.1)])
+def test_temperatures(make_model, ent_coef):
+    model = make_model(ent_coef=ent_coef).learn(60)
+    logged = model.logger.name_to_value
+    assert logged["train/ent_coef"] > 0
+    assert ("train/ent_coef_loss" in logged) == str(ent_coef).startswith("auto")
+
+
+def test_scheduled_temperature_follows_the_progress(make_model):
+    model = make_model(ent_coef="log_linear_1.0_0.01").learn(100)
+    assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("score_target", ["posterior_mean", "energy_gradient"])
+@pytest.mark.parametrize("backup", ["soft", "hard"])
+def test_score_targets_and_backups(make_model, score_target, backup):
+    model = make_model(score_target=score_target, backup=backup).learn(60)
+    for name in LOGGED:
+        assert np.isfinite(model.logger.name_to_value[f"train/{name}"]), name
+
+
+def test_backups_differ_by_the_entropy_bonus(make_model):
+    """With gamma = 0 the bonus has no way into the target; with a large one the soft critic is far above the hard one."""
+
+    def mean_q(backup, gamma):
+        model = make_model(backup=backup, gamma=gamma, ent_coef=50.0, learning_rate=1e-2, tau=0.5).learn(200)
+        data = model.replay_buffer.sample(100)
+        return model.critic(data.observations, data.actions)[0].mean().item()
+
+    assert mean_q("soft", 0.9) > mean_q("hard", 0.9) + 20
+    assert mean_q("soft", 0.0) == pytest.approx(mean_q("hard", 0.0), abs=5)
+
+
+def test_train_by_hand_and_learning_rate_schedule(make_model):
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress).learn(50)
+    updates = model._n_updates
+    model.train(gradient_steps=3)
+    assert model._n_updates == updates + 3
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * model._current_progress_remaining)
+
+
+def test_tau_and_target_update_interval_are_read_at_every_call(make_model):
+    model = make_model().learn(30)
+    before = [param.clone() for param in model.critic_target.parameters()]
+    model.tau = 0.0
+    model.train(2, 16)
+    assert all(th.equal(old, new) for old, new in zip(before, model.critic_target.parameters(), strict=True))
+    model.tau = 1.0
+    model.train(1, 16)
+    for online, target in zip(model.critic.parameters(), model.critic_target.parameters(), strict=True):
+        assert th.equal(online, target)
+
+
+def test_n_step_returns_use_the_discounts_of_the_buffer(make_model):
+    model = make_model(n_steps=3).learn(60)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert model.replay_buffer.sample(4).discounts is not None
+
+
+@pytest.mark.parametrize(
+    "noise", [NormalActionNoise(np.zeros(1), 0.1 * np.ones(1)), OrnsteinUhlenbeckActionNoise(np.zeros(1), 0.1 * np.ones(1))]
+)
+def test_action_noise(make_model, noise):
+    make_model(action_noise=noise).learn(40)
+    make_model(env=make_vec_env("Pendulum-v1", 2), action_noise=noise).learn(40)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_use_sde_holds_the_noise(make_model, n_envs):
+    model = make_model(env=make_vec_env("Pendulum-v1", n_envs), use_sde=True, sde_sample_freq=4, train_freq=8)
+    model.learn(120, log_interval=1)
+    obs = model.env.reset()
+    first, again = (model.predict(obs, deterministic=False)[0] for _ in range(2))
+    assert np.array_equal(first, again)
+    model.policy.reset_noise(n_envs)
+    assert not np.array_equal(first, model.predict(obs, deterministic=False)[0])
+    # A batch of another size takes the first noise
+    assert model.predict(np.tile(obs[:1], (7, 1)))[0].shape == (7, 1)
+
+
+def test_use_sde_logs_std_and_can_explore_from_the_beginning(make_model):
+    model = make_model(use_sde=True, use_sde_at_warmup=True, sde_sample_freq=4)
+    model.learn(250, log_interval=10**9)
+    model.dump_logs()
+    assert 0 < model.actor.get_std().mean() < 1
+
+
+def test_reset_noise_without_use_sde_names_the_remedy(make_model):
+    with pytest.raises(ValueError, match="use_sde=True"):
+        make_model().policy.reset_noise()
+
+
+@pytest.mark.parametrize("train_freq", [4, (3, "step"), (1, "episode")])
+@pytest.mark.parametrize("gradient_steps", [-1, 2, 0])
+def test_train_frequencies(make_model, train_freq, gradient_steps):
+    model = make_model(train_freq=train_freq, gradient_steps=gradient_steps, learning_starts=0, policy_kwargs={"net_arch": []})
+    model.learn(24 if train_freq != (1, "episode") else 210)
+    assert (model._n_updates > 0) == (gradient_steps != 0)
+
+
+def test_her(make_model):
+    env = BitFlippingEnv(n_bits=4, continuous=True)
+    model = make_model("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=30)
+    model.learn(80)
+    assert env.action_space.contains(model.predict(env.reset()[0], deterministic=True)[0])
+
+
+def test_vec_normalize_and_subprocesses(make_model):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv))
+    make_model(env=env, gradient_steps=-1).learn(60)
+    env.close()
+
+
+def test_callbacks_and_evaluation(make_model, tmp_path):
+    env = gym.make("Pendulum-v1")
+    callbacks = CallbackList(
+        [
+            CheckpointCallback(100, str(tmp_path), save_replay_buffer=True),
+            EvalCallback(env, eval_freq=150, n_eval_episodes=1, best_model_save_path=str(tmp_path), warn=False, verbose=0),
+            StopTrainingOnMaxEpisodes(1),
+        ]
+    )
+    model = make_model().learn(1000, callback=callbacks)
+    assert model.num_timesteps == 200
+    assert {"best_model.zip", "rl_model_100_steps.zip"} <= {path.name for path in tmp_path.iterdir()}
+    mean_return, _ = evaluate_policy(model, model.env, n_eval_episodes=1, warn=False)
+    assert np.isfinite(mean_return)
+
+
+def test_logged_names(make_model, tmp_path):
+    model = make_model(tensorboard_log=str(tmp_path))
+    model.learn(450, log_interval=1, tb_log_name="run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run_1")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/{name}" for name in LOGGED if name != "n_updates"} | {"rollout/ep_rew_mean", "time/fps"} <= tags
+
+
+def test_default_tensorboard_name(make_model, tmp_path):
+    make_model(tensorboard_log=str(tmp_path)).learn(5)
+    assert (tmp_path / "DQS_1").is_dir()
+
+
+def test_policy_kwargs_of_the_caller_are_not_changed(make_model):
+    policy_kwargs = {"net_arch": [4], "optimizer_kwargs": {"weight_decay": 0.1}}
+    DQS("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, buffer_size=10)
+    assert policy_kwargs == {"net_arch": [4], "optimizer_kwargs": {"weight_decay": 0.1}}
+
+
+def test_policy_by_class_and_custom_logger(make_model, tmp_path):
+    model = DQS(MlpPolicy, "Pendulum-v1", buffer_size=100, learning_starts=10, policy_kwargs={"net_arch": [4]})
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(210, log_interval=1)
+    assert (tmp_path / "progress.csv").read_text()
+
+
+def test_setup_model_later_and_twice():
+    model = DQS("MlpPolicy", "Pendulum-v1", buffer_size=10, _init_setup_model=False)
+    assert not hasattr(model, "actor")
+    model._setup_model()
+    model._setup_model()
+    assert model.target_entropy == -1.0
+
+
+def test_environments_pass_the_checker():
+    check_env(gym.make("Pendulum-v1").unwrapped, warn=False)

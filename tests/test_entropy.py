@@ -1,0 +1,89 @@
+"""Entropy and log-density from denoising errors, against closed forms: exact denoisers, no network."""
+
+import math
+
+import pytest
+import torch as th
+
+from sb3_dqs.boltzmann import truncated_normal_mean
+from sb3_dqs.diffusion import training_levels
+from sb3_dqs.entropy import entropy_from_errors, log_density
+
+TOLERANCE = 0.05  # nats per dimension
+STD = 0.15
+SLOPE = 3.0
+
+
+def uniform(n, d):
+    return 2 * th.rand(n, d) - 1
+
+
+def exponential(n, d):
+    return th.log(math.exp(-SLOPE) + th.rand(n, d) * (math.exp(SLOPE) - math.exp(-SLOPE))) / SLOPE
+
+
+def gaussian(n, d):
+    return 0.2 + STD * th.randn(n, d)
+
+
+def gaussian_denoiser(x, sigma):
+    return 0.2 + STD**2 / (STD**2 + sigma**2) * (x - 0.2)
+
+
+MASS = (math.exp(SLOPE) - math.exp(-SLOPE)) / SLOPE  # of exp(slope * a) on the interval
+EXPONENTIAL_MEAN = 1 / math.tanh(SLOPE) - 1 / SLOPE
+# name: (draw, denoiser, log-density of one dimension, entropy of one dimension)
+CASES = {
+    "uniform": (uniform, lambda x, s: truncated_normal_mean(x, s), lambda a: -math.log(2) + 0 * a, math.log(2)),
+    "exponential": (
+        exponential,
+        lambda x, s: truncated_normal_mean(x + s**2 * SLOPE, s),
+        lambda a: SLOPE * a - math.log(MASS),
+        math.log(MASS) - SLOPE * EXPONENTIAL_MEAN,
+    ),
+    "gaussian": (
+        gaussian,
+        gaussian_denoiser,
+        lambda a: -((a - 0.2) ** 2) / (2 * STD**2) - math.log(STD * math.sqrt(2 * math.pi)),
+        0.5 * math.log(2 * math.pi * math.e * STD**2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("action_dim", [1, 3])
+def test_entropy_from_errors(case, action_dim):
+    draw, denoise, _, entropy = CASES[case]
+    n = 50_000
+    actions, sigma, noise = draw(n, action_dim), training_levels(n), th.randn(n, action_dim)
+    estimate = entropy_from_errors(actions - denoise(actions + sigma * noise, sigma), noise, sigma)
+    assert estimate.item() / action_dim == pytest.approx(entropy, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("action_dim", [1, 3])
+def test_mean_log_density_is_minus_the_entropy(case, action_dim):
+    draw, denoise, _, entropy = CASES[case]
+    estimate = -log_density(denoise, draw(4000, action_dim), n_levels=16, n_noises=1).mean()
+    assert estimate.item() / action_dim == pytest.approx(entropy, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_density_pointwise(case):
+    _, denoise, exact, _ = CASES[case]
+    # Away from the bounds of the box, where the density at sigma_min is that at 0
+    actions = th.linspace(-0.3, 0.7, 11).unsqueeze(1)
+    estimate = log_density(denoise, actions, n_levels=64, n_noises=200)
+    assert (estimate - exact(actions).squeeze(1)).abs().max() < 0.15
+
+
+def test_few_noise_levels_are_unbiased():
+    """The soft backup uses 4 levels: noisy, but right on average."""
+    draw, denoise, _, entropy = CASES["gaussian"]
+    estimates = -log_density(denoise, draw(40_000, 1), n_levels=4, n_noises=1)
+    assert estimates.mean().item() == pytest.approx(entropy, abs=TOLERANCE)
+
+
+def test_batch_of_two_is_finite():
+    noise = th.randn(2, 3)
+    assert entropy_from_errors(0.1 * noise, noise, training_levels(2)).isfinite()
