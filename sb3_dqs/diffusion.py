@@ -12,7 +12,7 @@ import torch as th
 
 # Below SIGMA_MIN a noisy action is taken for clean; at SIGMA_BROAD the box is hidden in noise, and x is Gaussian
 # given the mean and the variance of the policy; at SIGMA_MAX the denoiser can only answer the mean.
-SIGMA_MIN = 0.02
+SIGMA_MIN = 0.01
 SIGMA_BROAD = 2.0
 SIGMA_MAX = 20.0
 # Typical standard deviation of an action in the box (sigma_data of Karras et al. 2022)

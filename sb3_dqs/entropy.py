@@ -47,6 +47,18 @@ def information_lost(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor, weig
     return ((1 - (errors / sigma).pow(2)) - weight * (1 - noise.pow(2))).sum(dim=-1)
 
 
+def control_weight(policy_variance: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    The best weight of the control variate for a Gaussian policy.
+
+    :param policy_variance: variance of the policy, shape (action_dim,)
+    :param sigma: noise levels, shape (..., 1)
+    :return: of the shape of ``sigma``
+    """
+    variance = policy_variance.mean()
+    return (variance / (variance + sigma**2)) ** 2
+
+
 def entropy_from_errors(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """
     Entropy of the policy, averaged over the states of a batch: a by-product of the actor's loss.
@@ -59,24 +71,28 @@ def entropy_from_errors(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor) -
     # At the highest level the denoiser answers the mean of the policy, the others sample the integral
     at_max = (sigma >= SIGMA_MAX).to(errors.dtype)
     variance = (at_max * errors.pow(2)).sum(dim=0) / at_max.sum().clamp(min=1)
-    # The best weight for a Gaussian policy of that variance
-    weight = (variance.mean() / (variance.mean() + sigma**2)) ** 2
-    lost = information_lost(errors, noise, sigma, weight)
+    lost = information_lost(errors, noise, sigma, control_weight(variance, sigma))
     mean_lost = ((1 - at_max.squeeze(1)) * lost).sum() / (1 - at_max).sum().clamp(min=1)
     return broad_entropy(variance) - 0.5 * LOG_VARIANCE_RANGE * mean_lost
 
 
 def log_density(
-    denoise: Callable[[th.Tensor, th.Tensor], th.Tensor], actions: th.Tensor, n_levels: int, n_noises: int
+    denoise: Callable[[th.Tensor, th.Tensor], th.Tensor],
+    actions: th.Tensor,
+    policy_std: th.Tensor,
+    n_levels: int,
+    n_noises: int,
 ) -> th.Tensor:
     """
     Log-density of the policy at given actions, a Monte Carlo estimate.
 
     :param denoise: the denoiser: from noisy actions (n, m, action_dim) and noise levels (n, m, 1) to (n, m, action_dim)
     :param actions: actions in [-1, 1], shape (n, action_dim)
+    :param policy_std: standard deviation of the policy, shape (action_dim,); a wrong one makes the estimate
+        noisier, not biased
     :param n_levels: number of noise levels of the integral
     :param n_noises: number of noises per level
-    :return: log-density in nats, shape (n,)
+    :return: unbiased estimate of the log-density in nats, shape (n,)
     """
     actions = actions.unsqueeze(1)
     max_level = actions.new_full((len(actions), n_noises, 1), SIGMA_MAX)
@@ -89,6 +105,5 @@ def log_density(
     sigma = (SIGMA_MIN * (SIGMA_BROAD / SIGMA_MIN) ** quantiles).unsqueeze(2)
     noise = th.randn(*sigma.shape[:2], actions.shape[2], device=actions.device)
     errors = actions - denoise(actions + sigma * noise, sigma)
-    weight = (errors / sigma).pow(2).mean(dim=(0, 2)).clamp(max=1).reshape(1, -1, 1) ** 2
-    mean_lost = information_lost(errors, noise, sigma, weight).mean(dim=1)
+    mean_lost = information_lost(errors, noise, sigma, control_weight(policy_std.pow(2), sigma)).mean(dim=1)
     return 0.5 * LOG_VARIANCE_RANGE * mean_lost - broad_entropy((actions.squeeze(1) - mean).pow(2))

@@ -207,7 +207,7 @@ class Actor(BasePolicy):
         def denoise(x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
             return self.denoise(embedding.unsqueeze(1), x, sigma)
 
-        return log_density(denoise, actions, n_levels, n_noises)
+        return log_density(denoise, actions, self.get_std(), n_levels, n_noises)
 
     def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
         """

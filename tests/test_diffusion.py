@@ -77,7 +77,7 @@ def test_solver_reaches_a_gaussian_and_few_steps_come_near(mean, std):
 
     mean_error, std_error = errors(8)
     assert mean_error < 0.05 and std_error < 0.15
-    # With many steps only the missing last 2 % of noise is left
+    # With many steps only the missing last 1 % of noise is left
     mean_error, std_error = errors(200)
     assert mean_error < 0.01 and std_error < 0.5 * math.log1p((SIGMA_MIN / std) ** 2) + 0.01
 

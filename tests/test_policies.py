@@ -1,0 +1,234 @@
+"""Networks and policies: what deterministic means, architectures, features extractors, density, export."""
+
+import io
+import math
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from torch import nn
+
+from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dqs.policies import DQSPolicy, densest_action
+
+OBS = spaces.Box(-1, 1, (3,), np.float32)
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make_policy(**kwargs) -> DQSPolicy:
+    return DQSPolicy(OBS, ACTIONS, lambda _: 1e-3, **({"net_arch": [16]} | kwargs)).eval()
+
+
+class TestDeterministic:
+    def test_depends_on_the_actor_and_the_observation_only(self):
+        policy, obs = make_policy(), np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
+        actions, _ = policy.predict(obs, deterministic=True)
+        th.manual_seed(1)  # not on random state
+        assert np.array_equal(actions, policy.predict(obs, deterministic=True)[0])
+        for param in policy.critic.parameters():  # not on the critic
+            nn.init.normal_(param)
+        assert np.array_equal(actions, policy.predict(obs, deterministic=True)[0])
+        # not on the rest of the batch (up to the order in which a matrix product adds)
+        alone = np.stack([policy.predict(row, deterministic=True)[0] for row in obs])
+        np.testing.assert_allclose(actions, alone, atol=1e-5)
+        # and it is the actor's own
+        with th.no_grad():
+            assert th.equal(policy(th.as_tensor(obs), deterministic=True), policy.actor(th.as_tensor(obs), deterministic=True))
+
+    def test_is_the_same_for_two_policies_of_the_same_weights(self):
+        policies = [make_policy(), make_policy()]
+        policies[1].load_state_dict(policies[0].state_dict())
+        obs = np.zeros((1, 3), np.float32)
+        first, second = (policy.predict(obs, deterministic=True)[0] for policy in policies)
+        assert np.array_equal(first, second)
+
+    def test_stochastic_actions_differ(self):
+        policy, obs = make_policy(), np.zeros((1, 3), np.float32)
+        assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+
+    def test_densest_action_is_in_the_bigger_mode_and_not_between_two(self):
+        left, right = th.tensor([-0.5, 0.0]), th.tensor([0.5, 0.0])
+        actions = th.cat([left.expand(5, 2), right.expand(11, 2)]) + 0.05 * th.randn(16, 2)
+        assert th.dist(densest_action(actions.unsqueeze(0))[0], right) < 0.1
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 16])
+    def test_any_number_of_samples(self, n):
+        actions, _ = make_policy(n_deterministic_samples=n).predict(np.zeros((4, 3), np.float32), deterministic=True)
+        assert actions.shape == (4, 2)
+
+    def test_best_of_n_by_q_takes_the_most_valuable(self):
+        policy, obs = make_policy(best_of_n_by_q=True), th.zeros(4, 3)
+        with th.no_grad():
+            candidates = policy.actor.sample_bank(policy.actor.embed(obs))
+            values = policy.critic.min_q_values(obs, candidates)
+            chosen = policy(obs, deterministic=True)
+            assert th.allclose(policy.critic.min_q_values(obs, chosen.unsqueeze(1)).squeeze(1), values.max(dim=1).values)
+
+
+def test_min_q_values_are_those_of_the_critics():
+    policy, obs, actions = make_policy(n_critics=3), th.randn(700, 3), 2 * th.rand(700, 5, 2) - 1
+    with th.no_grad():
+        values = policy.critic.min_q_values(obs, actions)
+        for k in range(5):
+            expected = th.cat(policy.critic(obs, actions[:, k]), dim=1).min(dim=1).values
+            assert th.allclose(values[:, k], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("net_arch", [None, [], [2], [16, 16], {"pi": [8], "qf": [4, 4]}, {"pi": [], "qf": [4]}])
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+def test_architectures(make_model, net_arch, activation_fn):
+    model = make_model(policy_kwargs={"net_arch": net_arch, "activation_fn": activation_fn})
+    model.learn(40)
+    assert np.isfinite(model.predict(model.env.reset(), deterministic=True)[0]).all()
+
+
+@pytest.mark.parametrize("kwargs", [{"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-4}}, {"n_critics": 1}])
+def test_optimizers_and_number_of_critics(make_model, kwargs):
+    model = make_model(policy_kwargs=kwargs).learn(40)
+    assert isinstance(model.actor.optimizer, kwargs.get("optimizer_class", th.optim.Adam))
+    assert len(model.critic.q_networks) == kwargs.get("n_critics", 2)
+
+
+class SmallCombined(BaseFeaturesExtractor):
+    """A features extractor with parameters, for vectors."""
+
+    def __init__(self, observation_space: spaces.Space, width: int = 5):
+        super().__init__(observation_space, width)
+        self.linear = nn.Linear(spaces.flatdim(observation_space), width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(self.linear(observations))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_features_extractor_learns_from_the_actor_and_targets_stay_in_eval_mode(make_model, share):
+    kwargs = {"features_extractor_class": SmallCombined, "share_features_extractor": share}
+    model = make_model(policy_kwargs=kwargs).learn(30)
+    assert (model.critic.features_extractor is model.actor.features_extractor) == share
+    assert model.critic_target.features_extractor is not model.critic.features_extractor
+    before = model.actor.features_extractor.linear.weight.clone()
+    model.train(2, 16)
+    assert not th.equal(before, model.actor.features_extractor.linear.weight)
+    assert not model.critic_target.features_extractor.training
+    for online, target in zip(model.batch_norm_stats, model.batch_norm_stats_target, strict=True):
+        assert th.equal(online, target)
+
+
+def test_images_and_dictionaries(make_model):
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+    model = make_model("CnnPolicy", env, buffer_size=50, policy_kwargs=kwargs).learn(30)
+    assert isinstance(model.actor.features_extractor, NatureCNN) and isinstance(model.policy, CnnPolicy)
+
+    env = SimpleMultiObsEnv(num_col=2, num_row=2, discrete_actions=False, channel_last=False)
+    model = make_model("MultiInputPolicy", env, buffer_size=50, policy_kwargs={"share_features_extractor": True}).learn(30)
+    assert isinstance(model.policy, MultiInputPolicy)
+
+
+def test_images_that_are_normalized_already(make_model):
+    class Normalized(gym.ObservationWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.observation_space = spaces.Box(0, 1, env.observation_space.shape, np.float32)
+
+        def observation(self, observation):
+            return (observation / 255).astype(np.float32)
+
+    env = Normalized(FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True))
+    make_model("CnnPolicy", env, buffer_size=50, policy_kwargs={"normalize_images": False}).learn(30)
+
+
+def test_ignored_arguments_of_sac_warn_once_each(make_model):
+    with pytest.warns(UserWarning) as caught:
+        make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
+    messages = [str(warning.message) for warning in caught]
+    assert [sum(name in message for message in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
+
+
+def test_absurd_weights_give_finite_actions():
+    policy = make_policy()
+    for scale in (1e10, 1e30):
+        with th.no_grad():
+            for param in policy.actor.parameters():
+                param.fill_(scale)
+        for deterministic in (True, False):
+            actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
+            assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
+
+
+def test_state_dict_has_floats_only():
+    assert all(tensor.is_floating_point() for tensor in make_policy().state_dict().values())
+
+
+class TestDensity:
+    """``log_prob`` and ``entropy`` agree with each other and with a histogram of actions."""
+
+    def test_entropy_of_an_actor_with_a_known_policy(self):
+        # With zero weights F = 0: the denoiser of a Gaussian of standard deviation sigma_data = 0.5 around 0
+        policy = make_policy(diffusion_steps=40)
+        with th.no_grad():
+            for param in policy.actor.parameters():
+                param.zero_()
+        obs = th.zeros(3, 3)
+        expected = math.log(0.5 * math.sqrt(2 * math.pi * math.e))
+        # Some of that Gaussian is cut off by the box, hence a little more than the usual tolerance of 0.05
+        assert policy.entropy(obs, n_actions=1000).numpy() / 2 == pytest.approx([expected] * 3, abs=0.1)
+        log_prob = policy.log_prob(obs, th.tensor([[0.0, 0.0], [0.5, 0.0], [-0.5, 0.5]]), n_levels=64, n_noises=100)
+        exact = -2 * math.log(0.5 * math.sqrt(2 * math.pi)) - th.tensor([0.0, 0.5, 1.0])
+        assert th.allclose(log_prob, exact, atol=0.15)
+
+    def test_shapes(self):
+        policy = make_policy()
+        assert policy.log_prob(th.zeros(4, 3), th.zeros(4, 2)).shape == (4,)
+        assert policy.entropy(th.zeros(4, 3), n_actions=3).shape == (4,)
+
+
+def test_policy_save_and_load(tmp_path):
+    for policy_class, kwargs in ((MlpPolicy, {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}),):
+        policy = policy_class(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
+        policy.save(str(tmp_path / "policy.pt"))
+        loaded = policy_class.load(str(tmp_path / "policy.pt"))
+        assert loaded.share_features_extractor and loaded.best_of_n_by_q and loaded.actor.diffusion_steps == 4
+        obs = np.ones((2, 3), np.float32)
+        first, second = (each.predict(obs, deterministic=True)[0] for each in (policy, loaded))
+        assert np.array_equal(first, second)
+
+
+def test_parameters_to_vector_and_back():
+    policy = make_policy()
+    vector = policy.parameters_to_vector()
+    policy.load_from_vector(vector * 0)
+    assert not policy.parameters_to_vector().any()
+
+
+class DeterministicActor(nn.Module):
+    """What one exports: observation in, scaled action out."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs):
+        return self.actor(obs, deterministic=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_export_of_the_deterministic_path():
+    policy, obs = make_policy(diffusion_steps=3), th.randn(1, 3)
+    module = DeterministicActor(policy.actor).eval()
+    with th.no_grad():
+        expected = module(obs)
+        exported = th.export.export(module, (obs,))
+        assert th.allclose(exported.module()(obs), expected, atol=1e-5)
+    buffer = io.BytesIO()
+    th.onnx.export(module, (obs,), dynamo=True, verbose=False).save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
+    np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)

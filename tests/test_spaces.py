@@ -1,0 +1,87 @@
+"""Every observation space of SB3, and every box of actions."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from sb3_dqs import DQS
+
+
+class RandomEnv(gym.Env):
+    """Samples observations from their space; the reward is a function of the action."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.n_steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action in self.action_space, f"{action} ({action.dtype}) is not in {self.action_space}"
+        self.n_steps += 1
+        return self.observation_space.sample(), -float(np.mean(action)), False, self.n_steps >= 7, {}
+
+
+def learn_and_predict(observation_space, action_space, policy="MlpPolicy", **kwargs):
+    env = RandomEnv(observation_space, action_space)
+    model = DQS(
+        policy, env, learning_starts=5, batch_size=kwargs.pop("batch_size", 4), buffer_size=30, diffusion_steps=2,
+        n_mc_samples=2, policy_kwargs={"net_arch": [2]}, seed=0, device="cpu", **kwargs,
+    )  # fmt: skip
+    model.learn(12)
+    obs, _ = env.reset()
+    for deterministic in (False, True):
+        action, _ = model.predict(obs, deterministic=deterministic)
+        assert action in action_space
+    return model
+
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+OBSERVATION_SPACES = {
+    "box": spaces.Box(-1, 1, (3,), np.float32),
+    "float64": spaces.Box(-1, 1, (3,), np.float64),
+    "matrix": spaces.Box(-1, 1, (3, 2), np.float32),
+    "unbounded": spaces.Box(-np.inf, np.inf, (3,), np.float32),
+    "discrete": spaces.Discrete(4),
+    "multi-discrete": spaces.MultiDiscrete([2, 3]),
+    "multi-binary": spaces.MultiBinary(3),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATION_SPACES)
+def test_observation_spaces(name):
+    learn_and_predict(OBSERVATION_SPACES[name], BOX)
+
+
+def test_dictionary_of_spaces():
+    space = spaces.Dict({"vector": OBSERVATION_SPACES["box"], "index": spaces.Discrete(3), "bits": spaces.MultiBinary(2)})
+    learn_and_predict(space, BOX, "MultiInputPolicy")
+
+
+def test_batch_of_one():
+    learn_and_predict(OBSERVATION_SPACES["box"], BOX, batch_size=1)
+
+
+@st.composite
+def action_boxes(draw) -> spaces.Box:
+    shape = draw(st_numpy.array_shapes(max_dims=2, max_side=3))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    bounded = st.floats(-10, 10, width=32)
+    low = draw(st_numpy.arrays(dtype, shape, elements=bounded))
+    width = draw(st_numpy.arrays(dtype, shape, elements=st.floats(0.125, 10, width=32)))
+    return spaces.Box(low, (low + width).astype(dtype), dtype=dtype)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(action_boxes())
+def test_any_box_of_actions(action_space):
+    """Any shape, asymmetric bounds, either precision: actions stay inside, and the buffer holds them scaled."""
+    model = learn_and_predict(OBSERVATION_SPACES["box"], action_space)
+    assert np.abs(model.replay_buffer.actions[: model.replay_buffer.size()]).max() <= 1 + 1e-5
