@@ -34,6 +34,11 @@ def _is_net_arch(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(_is_int(width, 1) for width in value))
 
 
+def _is_train_freq(value: Any) -> bool:
+    frequency, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
+    return _is_int(frequency, 1) and getattr(unit, "value", unit) in ("step", "episode")  # the unit of SB3 is an Enum
+
+
 # Argument: (test, what it must be)
 ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: callable(v) or _is_real(v, 0), "a number >= 0 or a function of the remaining progress"),
@@ -51,6 +56,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "diffusion_steps": (lambda v: _is_int(v, 2), "an integer >= 2"),
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
+    "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
     "policy_kwargs": (lambda v: v is None or isinstance(v, dict), "a dictionary or None"),
 }
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {

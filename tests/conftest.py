@@ -5,8 +5,13 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch as th
+from hypothesis import settings
 
 from sb3_dqs import DQS
+
+# No test depends on the time it takes
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 # Small networks and batches: these tests check behaviour, not learning
 SMALL: dict[str, Any] = {"learning_starts": 20, "batch_size": 16, "buffer_size": 500, "n_mc_samples": 4, "diffusion_steps": 3}

@@ -77,9 +77,10 @@ def test_solver_reaches_a_gaussian_and_few_steps_come_near(mean, std):
 
     mean_error, std_error = errors(8)
     assert mean_error < 0.05 and std_error < 0.15
-    # With many steps only the missing last 1 % of noise is left
+    # With many steps what is left comes from the ends: the start leaves out the mean, which is small beside SIGMA_MAX,
+    # and the noise below SIGMA_MIN is not undone
     mean_error, std_error = errors(200)
-    assert mean_error < 0.01 and std_error < 0.5 * math.log1p((SIGMA_MIN / std) ** 2) + 0.01
+    assert mean_error < abs(mean) / SIGMA_MAX + 0.005 and std_error < 0.5 * math.log1p((SIGMA_MIN / std) ** 2) + 0.01
 
 
 def test_solver_is_of_second_order():

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -79,7 +79,7 @@ def action_boxes(draw) -> spaces.Box:
     return spaces.Box(low, (low + width).astype(dtype), dtype=dtype)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(action_boxes())
 def test_any_box_of_actions(action_space):
     """Any shape, asymmetric bounds, either precision: actions stay inside, and the buffer holds them scaled."""

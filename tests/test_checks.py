@@ -1,0 +1,166 @@
+"""Bad input gives one clear error that names the argument, the value and the remedy; nothing is half-built."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
+from test_spaces import RandomEnv
+
+from sb3_dqs import DQS, MlpPolicy
+from sb3_dqs.checks import ARGUMENT_CHECKS, check_arguments, check_finite, check_policy_kwargs
+
+NAN, INF = float("nan"), float("inf")
+# argument: bad values
+BAD_ARGUMENTS = {
+    "learning_rate": [-1e-3, NAN, INF, "fast", None, True],
+    "buffer_size": [0, -1, 1.5, 1e6, "big", None],
+    "learning_starts": [-1, 0.5, "soon"],
+    "batch_size": [0, -256, 2.5, None],
+    "tau": [-0.1, 1.1, NAN, "0.005", None],
+    "gamma": [-0.1, 1.1, NAN, INF],
+    "gradient_steps": [-2, 0.5, None],
+    "n_steps": [0, -1, 1.5],
+    "target_update_interval": [0, -1, 0.5],
+    "target_entropy": ["automatic", NAN, None],
+    "sde_sample_freq": [0, -2, 1.5],
+    "n_mc_samples": [1, 0, -8, 8.0, "8"],
+    "diffusion_steps": [1, 0, -8, 8.5],
+    "score_target": ["gradient", None, 1],
+    "backup": ["semi", None, True],
+    "policy_kwargs": [[64, 64], "net_arch=[64]"],
+    "train_freq": [0, -1, 1.5, (0, "step"), (1, "minute"), (1,), None],
+    "ent_coef": [0, -0.1, NAN, "automatic", None],
+}
+BAD_POLICY_KWARGS = {
+    "net_arch": [[0], [-64], [1.5], 64, "64", {"pi": [64]}, {"pi": [64], "vf": [64]}],
+    "n_critics": [0, -1, 1.5],
+    "n_deterministic_samples": [0, 1.5],
+    "net_arc": [[64, 64]],
+    "ortho_init": [True],
+}
+
+
+def test_the_table_is_complete():
+    assert set(ARGUMENT_CHECKS) | {"ent_coef"} == set(BAD_ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_ARGUMENTS.items() for value in values])
+def test_bad_arguments(name, value, monkeypatch):
+    monkeypatch.setattr(gym, "make", lambda *args, **kwargs: pytest.fail("work started before the check"))
+    with pytest.raises(ValueError, match=f"{name}=") as error:
+        DQS("MlpPolicy", "Pendulum-v1", **{name: value})
+    assert repr(value) in str(error.value)
+    assert "must be" in str(error.value) or "pass" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_POLICY_KWARGS.items() for value in values])
+def test_bad_policy_kwargs(name, value):
+    with pytest.raises(ValueError, match=f"policy_kwargs: {name}=") as error:
+        DQS("MlpPolicy", "Pendulum-v1", buffer_size=10, policy_kwargs={name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_good_numbers_of_numpy_are_accepted():
+    model = DQS("MlpPolicy", "Pendulum-v1", buffer_size=np.int64(10), gamma=np.float32(0.9), batch_size=np.int32(4))
+    assert model.gamma == np.float32(0.9)
+
+
+OBS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("action_space", "remedy"),
+    [
+        (spaces.Discrete(2), "DQN or PPO"),
+        (spaces.MultiDiscrete([2, 2]), "DQN or PPO"),
+        (spaces.Box(-np.inf, np.inf, (2,), np.float32), "RescaleAction"),
+        (spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)), "remove that dimension"),
+    ],
+)
+def test_bad_action_spaces(action_space, remedy):
+    with pytest.raises(ValueError, match=remedy) as error:
+        DQS("MlpPolicy", RandomEnv(OBS, action_space))
+    assert str(action_space) in str(error.value)
+
+
+def test_discrete_environment_by_name():
+    with pytest.raises(ValueError, match=r"Discrete\(2\)"):
+        DQS("MlpPolicy", "CartPole-v1")
+    with pytest.raises(ValueError):
+        DQS("MlpPolicy", IdentityEnv())
+
+
+def test_wrong_policy_for_the_observations():
+    with pytest.raises(ValueError, match="MultiInputPolicy"):
+        DQS("MlpPolicy", SimpleMultiObsEnv(discrete_actions=False))
+    with pytest.raises(ValueError, match="unknown"):
+        DQS("MlpLstmPolicy", "Pendulum-v1")
+
+
+class SpoiltEnv(RandomEnv):
+    """Gives a bad number at the 7th step, or at the beginning."""
+
+    def __init__(self, what: str, value: float, at_reset: bool = False):
+        super().__init__(OBS, spaces.Box(-1, 1, (1,), np.float32))
+        self.what, self.value, self.at_reset, self.count = what, value, at_reset, 0
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return (np.full_like(obs, self.value) if self.at_reset else obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.count += 1
+        if self.count == 7:
+            reward = self.value if self.what == "reward" else reward
+            obs = np.full_like(obs, self.value) if self.what == "observation" else obs
+        return obs, reward, terminated, False, info
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_bad_numbers_of_the_environment_stop_training(make_model, what, value):
+    model = make_model(env=SpoiltEnv(what, value))
+    with pytest.raises(ValueError, match=f"the {what} is not finite at step 7"):
+        model.learn(20)
+    # Nothing of that step was stored
+    assert model.replay_buffer.size() == 6
+    assert np.isfinite(model.replay_buffer.rewards).all()
+
+
+def test_bad_first_observation(make_model):
+    with pytest.raises(ValueError, match="the first observation is not finite at step 0"):
+        make_model(env=SpoiltEnv("observation", NAN, at_reset=True)).learn(5)
+
+
+def test_nan_in_training_names_the_quantity_and_the_step(make_model, tmp_path):
+    model = make_model().learn(30)
+    model.save(tmp_path / "model")
+    model.replay_buffer.rewards[:] = NAN
+    with pytest.raises(ValueError, match=r"train/critic_loss is not finite at step 31"):
+        model.learn(10, reset_num_timesteps=False)
+    DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1")).learn(30)
+
+
+def test_check_finite_names_the_part_of_a_dictionary():
+    check_finite("the observation", {"image": np.zeros(3), "goal": np.zeros(2)}, 5)
+    with pytest.raises(ValueError, match=r"the observation \[goal\] is not finite at step 5"):
+        check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5)
+
+
+@given(st.dictionaries(st.sampled_from(list(ARGUMENT_CHECKS)), st.none() | st.text() | st.floats() | st.integers(), max_size=3))
+def test_check_arguments_raises_nothing_but_value_errors(arguments):
+    try:
+        check_arguments(arguments)
+    except ValueError as error:
+        assert any(f"{name}=" in str(error) for name in arguments)
+
+
+def test_check_policy_kwargs_knows_the_arguments_of_parents():
+    from sb3_dqs import CnnPolicy
+
+    check_policy_kwargs(CnnPolicy, {"net_arch": [4], "n_critics": 1, "features_extractor_class": None})
+    check_policy_kwargs(MlpPolicy, {"use_sde": True})
