@@ -100,9 +100,7 @@ def posterior_mean(
     return (log_weights.exp().unsqueeze(2) * candidates).sum(dim=1), log_weights
 
 
-def energy_gradient(
-    log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int
-) -> tuple[th.Tensor, th.Tensor]:
+def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
     ``E[a | x]`` as in the paper: by Tweedie's formula from the gradient of a Monte Carlo estimate of the noised density,
     ``x + sigma^2 * grad_x log mean_k exp(Q(s, a_k) / ent_coef)`` with ``a_k ~ N(x, sigma^2)``

@@ -7,6 +7,7 @@ Pure functions of tensors. A noisy action is ``x = a + sigma * eps`` with ``a`` 
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch as th
 
@@ -70,9 +71,7 @@ def edm_scalings(sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.
     return c_skip, c_out, c_in, c_noise
 
 
-def solve_reverse_ode(
-    denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]
-) -> th.Tensor:
+def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]) -> th.Tensor:
     """
     Turn standard normal latents into actions along the probability-flow ODE, by DPM-Solver++(2M)
     (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2; here with alpha_t = 1, sigma_t = sigma).
@@ -84,7 +83,7 @@ def solve_reverse_ode(
     """
     x = levels[0] * latents
     previous_denoised, previous_log_step = latents, math.inf
-    for step, (sigma, next_sigma) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
         denoised = denoise(x, step).clamp(-1, 1)
         log_step = math.log(sigma / next_sigma)
         # Second order: extrapolate the denoised action to the middle of the step (zero weight at the first step)

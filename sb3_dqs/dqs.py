@@ -315,9 +315,7 @@ class DQS(OffPolicyAlgorithm):
 
         if self.score_target == "energy_gradient":
             return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)
-        return posterior_mean(
-            log_density, actions, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples
-        )
+        return posterior_mean(log_density, actions, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples)
 
     def learn(
         self: SelfDQS,

@@ -151,7 +151,9 @@ def test_check_finite_names_the_part_of_a_dictionary():
         check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5)
 
 
-@given(st.dictionaries(st.sampled_from(list(ARGUMENT_CHECKS)), st.none() | st.text() | st.floats() | st.integers(), max_size=3))
+@given(
+    st.dictionaries(st.sampled_from(list(ARGUMENT_CHECKS)), st.none() | st.text() | st.floats() | st.integers(), max_size=3)
+)
 def test_check_arguments_raises_nothing_but_value_errors(arguments):
     try:
         check_arguments(arguments)

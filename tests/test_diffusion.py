@@ -1,6 +1,7 @@
 """The noise levels, the scalings and the solver, against closed forms."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from sb3_dqs.diffusion import (
 def test_sampling_levels_fall_from_max_to_min(n_levels):
     levels = sampling_levels(n_levels)
     assert len(levels) == n_levels
-    assert all(high > low for high, low in zip(levels[:-1], levels[1:], strict=True))
+    assert all(high > low for high, low in pairwise(levels))
     assert levels[:2] == [SIGMA_MAX, pytest.approx(SIGMA_BROAD)]
     if n_levels > 2:
         assert levels[-1] == pytest.approx(SIGMA_MIN)

@@ -191,7 +191,9 @@ class TestDensity:
 
 
 def test_policy_save_and_load(tmp_path):
-    for policy_class, kwargs in ((MlpPolicy, {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}),):
+    for policy_class, kwargs in (
+        (MlpPolicy, {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}),
+    ):
         policy = policy_class(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
         policy.save(str(tmp_path / "policy.pt"))
         loaded = policy_class.load(str(tmp_path / "policy.pt"))

@@ -1,0 +1,40 @@
+# Everything runs in a virtual environment of its own; PYTHON says which Python makes it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Without a GPU the CPU build of torch is enough, and smaller by gigabytes, where pip can find it
+TORCH = torch==2.13.0
+
+.PHONY: demo test install pytest type lint format check-codestyle commit-checks
+
+demo: install
+	$(BIN)/python examples/pendulum.py
+
+test: install pytest
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi > /dev/null; then $(BIN)/pip install "$(TORCH)"; \
+	else $(BIN)/pip install "$(TORCH)+cpu" || $(BIN)/pip install "$(TORCH)"; fi
+	$(BIN)/pip install -e ".[mujoco,tests]"
+	touch $(VENV)/installed
+
+pytest:
+	$(BIN)/python -m pytest --numprocesses 2 --cov
+
+type:
+	$(BIN)/mypy
+
+lint:
+	$(BIN)/ruff check .
+
+check-codestyle:
+	$(BIN)/ruff format --check .
+
+format:
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+commit-checks: format type lint
