@@ -142,7 +142,7 @@ class DQS(OffPolicyAlgorithm):
         check_arguments(locals())
         super().__init__(
             policy,
-            make_checked_env(env, verbose),
+            make_checked_env(env, verbose),  # type: ignore[arg-type]  # None when loading
             learning_rate,
             buffer_size,
             learning_starts,

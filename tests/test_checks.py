@@ -112,7 +112,7 @@ class SpoiltEnv(RandomEnv):
         return (np.full_like(obs, self.value) if self.at_reset else obs), info
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
+        obs, reward, terminated, _, info = super().step(action)
         self.count += 1
         if self.count == 7:
             reward = self.value if self.what == "reward" else reward

@@ -191,16 +191,14 @@ class TestDensity:
 
 
 def test_policy_save_and_load(tmp_path):
-    for policy_class, kwargs in (
-        (MlpPolicy, {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}),
-    ):
-        policy = policy_class(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
-        policy.save(str(tmp_path / "policy.pt"))
-        loaded = policy_class.load(str(tmp_path / "policy.pt"))
-        assert loaded.share_features_extractor and loaded.best_of_n_by_q and loaded.actor.diffusion_steps == 4
-        obs = np.ones((2, 3), np.float32)
-        first, second = (each.predict(obs, deterministic=True)[0] for each in (policy, loaded))
-        assert np.array_equal(first, second)
+    kwargs = {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}
+    policy = MlpPolicy(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
+    policy.save(str(tmp_path / "policy.pt"))
+    loaded = MlpPolicy.load(str(tmp_path / "policy.pt"))
+    assert loaded.share_features_extractor and loaded.best_of_n_by_q and loaded.actor.diffusion_steps == 4
+    obs = np.ones((2, 3), np.float32)
+    first, second = (each.predict(obs, deterministic=True)[0] for each in (policy, loaded))
+    assert np.array_equal(first, second)
 
 
 def test_parameters_to_vector_and_back():

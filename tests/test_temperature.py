@@ -43,5 +43,5 @@ def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
     "ent_coef", ["automatic", "auto_", "auto_0", "auto_-1", "log_linear_1", "log_linear_1_0", "high", 0.0, -1.0, None, [1]]
 )
 def test_errors_name_the_value_and_the_choices(ent_coef):
-    with pytest.raises(ValueError, match='ent_coef=.* is not a temperature: pass "auto"'):
+    with pytest.raises(ValueError, match=r'ent_coef=.* is not a temperature: pass "auto"'):
         make_temperature(ent_coef, 1e-3, "cpu")
