@@ -53,7 +53,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
     "sde_sample_freq": (lambda v: v == -1 or _is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
     "n_mc_samples": (lambda v: _is_int(v, 2), "an integer >= 2"),
-    "diffusion_steps": (lambda v: _is_int(v, 2), "an integer >= 2"),
+    "diffusion_steps": (lambda v: _is_int(v, 3), "an integer >= 3"),
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
@@ -93,13 +93,19 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
     :param policy_kwargs: as the user gave them
     :raises ValueError: naming the unknown argument and the known ones
     """
-    # Subclasses that pass **kwargs on are asked for the names of their parents, too
-    known = {name for cls in policy_class.__mro__ for name in inspect.signature(cls).parameters}
+    known: set[str] = set()
+    for cls in policy_class.__mro__:
+        parameters = inspect.signature(cls).parameters.values()
+        known |= {parameter.name for parameter in parameters}
+        # Subclasses that pass **kwargs on are asked for the names of their parents, too
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    known -= {"args", "kwargs", "observation_space", "action_space", "lr_schedule"}
     for name, value in policy_kwargs.items():
         if name not in known:
             raise ValueError(
                 f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; "
-                f"known are {', '.join(sorted(known - {'self', 'args', 'kwargs'}))}."
+                f"known are {', '.join(sorted(known))}."
             )
 
 
@@ -155,7 +161,7 @@ def check_finite(what: str, value: Any, num_timesteps: int) -> None:
         if not np.isfinite(array).all():
             name = f"{what} [{part}]" if part else what
             raise ValueError(
-                f"{name} is not finite at step {num_timesteps}: {array}. Nothing of this step was stored or saved. If it came "
+                f"{name} is not finite at step {num_timesteps}: {array}. What was saved before is sound. If it came "
                 "from the environment, mend it there (gymnasium's check_env and SB3's VecCheckNan find the place); if "
                 "it is a loss, lower learning_rate or scale the rewards (VecNormalize), and go on from the last checkpoint."
             )

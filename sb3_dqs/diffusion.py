@@ -11,15 +11,13 @@ from itertools import pairwise
 
 import torch as th
 
-# Below SIGMA_MIN a noisy action is taken for clean; at SIGMA_BROAD the box is hidden in noise, and x is Gaussian
-# given the mean and the variance of the policy; at SIGMA_MAX the denoiser can only answer the mean.
+# Below SIGMA_MIN a noisy action is taken for clean; above SIGMA_MAX it is taken for pure noise. From SIGMA_MAX, where the
+# denoiser can only answer the mean, the sampler jumps to SIGMA_BROAD, where the box is still hidden in noise.
 SIGMA_MIN = 0.01
 SIGMA_BROAD = 2.0
 SIGMA_MAX = 20.0
 # Typical standard deviation of an action in the box (sigma_data of Karras et al. 2022)
 SIGMA_DATA = 0.5
-# Share of the regression's noisy actions that are drawn at SIGMA_MAX
-MEAN_FRACTION = 0.1
 
 
 def sampling_levels(n_levels: int, rho: float = 7.0) -> list[float]:
@@ -29,30 +27,23 @@ def sampling_levels(n_levels: int, rho: float = 7.0) -> list[float]:
     The first step jumps from ``SIGMA_MAX``, where the denoiser answers the mean, to ``SIGMA_BROAD``;
     the others follow the spacing of Karras et al. (2022, https://arxiv.org/abs/2206.00364), equation (5).
 
-    :param n_levels: number of levels, and of denoiser calls per action, at least 2
+    :param n_levels: number of levels, and of denoiser calls per action, at least 3
     :return: the levels
     """
-    if n_levels == 2:
-        return [SIGMA_MAX, SIGMA_BROAD]
     low, high = SIGMA_MIN ** (1 / rho), SIGMA_BROAD ** (1 / rho)
     return [SIGMA_MAX] + [(high + i / (n_levels - 2) * (low - high)) ** rho for i in range(n_levels - 1)]
 
 
 def training_levels(n_samples: int, device: th.device | str = "cpu") -> th.Tensor:
     """
-    Noise levels for the regression: a share of ``MEAN_FRACTION`` at ``SIGMA_MAX``, the others log-uniform between
-    ``SIGMA_MIN`` and ``SIGMA_BROAD``, stratified over the batch and shuffled.
+    Noise levels for the regression: log-uniform, stratified over the batch and shuffled.
 
     :param n_samples: how many levels
     :param device: where to put them
-    :return: levels, shape (n_samples, 1)
+    :return: levels from ``SIGMA_MIN`` to ``SIGMA_MAX``, shape (n_samples, 1)
     """
-    n_mean = math.ceil(MEAN_FRACTION * n_samples) if n_samples > 1 else int(th.rand(()) < MEAN_FRACTION)
-    n_rest = n_samples - n_mean
-    quantiles = (th.arange(n_rest, device=device) + th.rand(n_rest, device=device)) / max(n_rest, 1)
-    levels = SIGMA_MIN * (SIGMA_BROAD / SIGMA_MIN) ** quantiles
-    levels = th.cat([levels, levels.new_full((n_mean,), SIGMA_MAX)])
-    return levels[th.randperm(n_samples, device=device)].unsqueeze(1)
+    quantiles = (th.randperm(n_samples, device=device) + th.rand(n_samples, device=device)) / n_samples
+    return (SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** quantiles).unsqueeze(1)
 
 
 def edm_scalings(sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
@@ -79,15 +70,15 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
     :param latents: standard normal numbers, shape (..., action_dim)
     :param levels: noise levels, falling
-    :return: actions in [-1, 1], of the shape of ``latents``
+    :return: actions in [-1, 1], of the shape of ``latents``; finite even where the denoiser is not
     """
     x = levels[0] * latents
     previous_denoised, previous_log_step = latents, math.inf
     for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
-        denoised = denoise(x, step).clamp(-1, 1)
+        denoised = th.nan_to_num(denoise(x, step)).clamp(-1, 1)
         log_step = math.log(sigma / next_sigma)
         # Second order: extrapolate the denoised action to the middle of the step (zero weight at the first step)
         middle = denoised + (denoised - previous_denoised) * (log_step / (2 * previous_log_step))
         x = middle + (next_sigma / sigma) * (x - middle)
         previous_denoised, previous_log_step = denoised, log_step
-    return denoise(x, len(levels) - 1).clamp(-1, 1)
+    return th.nan_to_num(denoise(x, len(levels) - 1)).clamp(-1, 1)

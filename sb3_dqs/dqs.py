@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from sb3_dqs.boltzmann import effective_sample_size, energy_gradient, posterior_mean
 from sb3_dqs.checks import check_arguments, check_finite, check_policy_kwargs, make_checked_env
 from sb3_dqs.diffusion import edm_scalings, training_levels
-from sb3_dqs.entropy import entropy_from_errors
+from sb3_dqs.entropy import entropies
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
+
+# Noise levels of the log-density in the soft backup: its noise is then about that of SAC's log-probability
+N_BACKUP_LEVELS = 4
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
@@ -140,6 +143,8 @@ class DQS(OffPolicyAlgorithm):
         backup: str = "soft",
     ):
         check_arguments(locals())
+        if "diffusion_steps" in (policy_kwargs or {}):
+            raise ValueError("policy_kwargs: diffusion_steps is an argument of DQS itself: DQS(..., diffusion_steps=8).")
         super().__init__(
             policy,
             make_checked_env(env, verbose),  # type: ignore[arg-type]  # None when loading
@@ -217,46 +222,16 @@ class DQS(OffPolicyAlgorithm):
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             ent_coef = self.temperature(self._current_progress_remaining)
 
-            # Actions of the current policy in the next states serve twice: in the critics' target,
-            # and as the clean actions that the actor learns to recover from noise
-            embedding = self.actor.embed(replay_data.next_observations)
             with th.no_grad():
-                next_actions = self.actor.sample(embedding, th.randn_like(replay_data.actions))
-
-            # Noise them, denoise them, and estimate what the denoiser should have answered: E[a | x] under exp(Q / ent_coef)
-            sigma = training_levels(batch_size, self.device)
-            noise = th.randn_like(next_actions)
-            noisy_actions = next_actions + sigma * noise
-            denoised = self.actor.denoise(embedding, noisy_actions, sigma)
-            with th.no_grad():
-                target, log_weights = self._score_target(
-                    replay_data.next_observations, next_actions, denoised, noisy_actions, sigma, ent_coef
-                )
-
-            # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
-            c_out = edm_scalings(sigma)[1]
-            actor_loss = F.mse_loss(denoised / c_out, target / c_out)
-            self.actor.optimizer.zero_grad()
-            actor_loss.backward()
-            self.actor.optimizer.step()
-
-            # The same errors tell the entropy of the policy (I-MMSE)
-            errors = next_actions - denoised.detach()
-            entropy = entropy_from_errors(errors, noise, sigma)
-            self.actor.update_std(errors, sigma)
-
-            # Optimize the temperature
-            if isinstance(self.temperature, AutoTemperature):
-                ent_coef_loss = self.temperature.update(entropy, self.target_entropy)  # type: ignore[arg-type]
-                logs["ent_coef_loss"].append(ent_coef_loss)
-
-            with th.no_grad():
+                # Select action according to policy
+                next_embedding = self.actor.embed(replay_data.next_observations)
+                next_actions = self.actor.sample(next_embedding, th.randn_like(replay_data.actions))
                 # Compute the next Q values: min over all critics targets
                 next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
                 next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
                 if self.backup == "soft":
                     # add entropy term
-                    next_log_prob = self.actor.log_prob(embedding, next_actions, n_levels=4)
+                    next_log_prob = self.actor.log_prob(next_embedding, next_actions, n_levels=N_BACKUP_LEVELS)
                     next_q_values = next_q_values - ent_coef * next_log_prob.reshape(-1, 1)
                 target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
@@ -267,6 +242,37 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
+
+            # Noise actions of the current policy, denoise them, and estimate what the denoiser should have answered:
+            # E[a | x] under exp(Q / ent_coef)
+            embedding = self.actor.embed(replay_data.observations)
+            with th.no_grad():
+                actions_pi = self.actor.sample(embedding, th.randn_like(replay_data.actions))
+            sigma = training_levels(batch_size, self.device)
+            noise = th.randn_like(actions_pi)
+            noisy_actions = actions_pi + sigma * noise
+            denoised = self.actor.denoise(embedding, noisy_actions, sigma)
+            with th.no_grad():
+                target, log_weights = self._score_target(
+                    replay_data.observations, actions_pi, denoised, noisy_actions, sigma, ent_coef
+                )
+
+            # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
+            c_out = edm_scalings(sigma)[1]
+            actor_loss = F.mse_loss(denoised / c_out, target / c_out)
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor.optimizer.step()
+
+            # The same errors tell the entropy of the policy (I-MMSE)
+            errors = actions_pi - denoised.detach()
+            entropy = entropies(errors, noise, sigma, self.actor.get_std()).mean()
+            self.actor.update_std(errors, sigma)
+
+            # Optimize the temperature
+            if isinstance(self.temperature, AutoTemperature):
+                ent_coef_loss = self.temperature.update(entropy, self.target_entropy)  # type: ignore[arg-type]
+                logs["ent_coef_loss"].append(ent_coef_loss)
 
             # Update target networks
             if gradient_step % self.target_update_interval == 0:
@@ -309,9 +315,10 @@ class DQS(OffPolicyAlgorithm):
         :return: target of shape (batch_size, action_dim),
             and the normalised log-weights of its samples, of shape (batch_size, n_mc_samples)
         """
+        features = self.critic.extract_features(obs, self.critic.features_extractor)
 
         def log_density(candidates: th.Tensor) -> th.Tensor:
-            return self.critic.min_q_values(obs, candidates) / ent_coef
+            return self.critic.min_q_values(features, candidates) / ent_coef
 
         if self.score_target == "energy_gradient":
             return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)
@@ -351,6 +358,9 @@ class DQS(OffPolicyAlgorithm):
     ) -> None:
         # One bad number in the buffer would spoil the networks many steps later
         check_finite("the observation", new_obs, self.num_timesteps)
+        for info in infos:
+            if "terminal_observation" in info:
+                check_finite("the terminal observation", info["terminal_observation"], self.num_timesteps)
         check_finite("the reward", reward, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, edm_scalings, sampling_levels, solve_reverse_ode
+from sb3_dqs.diffusion import SIGMA_BROAD, SIGMA_MIN, edm_scalings, sampling_levels, solve_reverse_ode
 from sb3_dqs.entropy import log_density
 
 # The noise level enters the network as sines and cosines of 2^0 ... 2^(N_FREQUENCIES - 1) times c_noise
@@ -52,6 +52,7 @@ class Actor(BasePolicy):
 
     action_space: spaces.Box
     latent_bank: th.Tensor
+    held_latents: th.Tensor
     frequencies: th.Tensor
     variance: th.Tensor
 
@@ -104,8 +105,8 @@ class Actor(BasePolicy):
         # Variance of the policy per dimension, averaged over states; at first that of the uniform policy
         self.register_buffer("variance", th.full((self.action_dim,), 1 / 3))
 
-        if self.use_sde:
-            self.reset_noise()
+        # What use_sde=True holds: one latent per environment
+        self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else th.zeros(1, 1), persistent=False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -134,14 +135,14 @@ class Actor(BasePolicy):
 
     def update_std(self, errors: th.Tensor, sigma: th.Tensor) -> None:
         """
-        Update what ``get_std()`` returns, from the errors at the highest noise level, where the denoiser answers the mean.
+        Update what ``get_std()`` returns, from the errors at high noise levels, where the denoiser answers the mean.
 
         :param errors: ``a - D(s, x, sigma)`` for actions a of the policy, shape (batch_size, action_dim)
         :param sigma: noise levels, shape (batch_size, 1)
         """
-        at_max = (sigma >= SIGMA_MAX).to(errors.dtype)
-        variance = (at_max * errors.pow(2)).sum(dim=0) / at_max.sum().clamp(min=1)
-        self.variance.lerp_(variance, VARIANCE_UPDATE_RATE * at_max.sum().clamp(max=1))
+        is_high = (sigma >= SIGMA_BROAD).to(errors.dtype)
+        variance = (is_high * errors.pow(2)).sum(dim=0) / is_high.sum().clamp(min=1)
+        self.variance.lerp_(variance, VARIANCE_UPDATE_RATE * is_high.sum().clamp(max=1))
 
     def reset_noise(self, batch_size: int = 1) -> None:
         """
@@ -266,16 +267,14 @@ def select_action(actions: th.Tensor, index: th.Tensor) -> th.Tensor:
 class Critic(ContinuousCritic):
     """SB3's critics, able to value many actions per state at the price of one pass of the features extractor."""
 
-    def min_q_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def min_q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        The smallest of the critics' values, for many actions per state; no gradient reaches the features extractor.
+        The smallest of the critics' values, for many actions per state.
 
-        :param obs: Observation
+        :param features: what ``extract_features()`` returned, shape (batch_size, features_dim)
         :param actions: actions in [-1, 1], shape (batch_size, n_actions, action_dim)
         :return: shape (batch_size, n_actions)
         """
-        with th.no_grad():
-            features = self.extract_features(obs, self.features_extractor)
         # On a CPU, small pieces stay in its cache
         chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if features.device.type == "cpu" else actions.shape[1]
         min_q_values = [
@@ -484,7 +483,8 @@ class DQSPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q:
             actions = self.actor.sample_bank(self.actor.embed(observation))
-            return select_action(actions, self.critic.min_q_values(observation, actions).argmax(dim=1))
+            features = self.critic.extract_features(observation, self.critic.features_extractor)
+            return select_action(actions, self.critic.min_q_values(features, actions).argmax(dim=1))
         return self.actor(observation, deterministic)
 
     @th.no_grad()
