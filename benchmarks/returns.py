@@ -3,7 +3,8 @@ Returns of DQS beside SAC, both with their defaults, in the same run.
 
     python benchmarks/returns.py --env Pendulum-v1 --steps 10000 --seeds 0 1 2
 
-Each training writes its result to ``--out`` as it ends, and one that has a result there is not run again.
+Each training writes its result to ``--out`` as it ends, and one that has a result there is not run again
+(remove the folder after a change of the code or of --episodes).
 Prints a table of the final deterministic returns and of the last logged scalars, and saves the learning curves.
 """
 
@@ -136,7 +137,7 @@ def main() -> None:
     header = ("env", "algorithm", "seed", "return", "std", "ent_coef", "entropy", "ess", "finite", "warnings", "CPU s")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for result in results:
-        last = result["scalars"][-1]
+        last = result["scalars"][-1] if result["scalars"] else {}
         scalars = [f"{last[key]:.3g}" if key in last else "" for key in SCALARS]
         mean, std = np.mean(result["returns"]), np.std(result["returns"])
         row = [result["env"], result["algorithm"], result["seed"], f"{mean:.0f}", f"{std:.0f}", *scalars]

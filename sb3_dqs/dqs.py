@@ -242,6 +242,7 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
+            logs["critic_loss"].append(critic_loss.detach())
 
             # Noise actions of the current policy, denoise them, and estimate what the denoiser should have answered:
             # E[a | x] under exp(Q / ent_coef)
@@ -282,7 +283,6 @@ class DQS(OffPolicyAlgorithm):
 
             logs["ent_coef"].append(th.as_tensor(ent_coef))
             logs["actor_loss"].append(actor_loss.detach())
-            logs["critic_loss"].append(critic_loss.detach())
             logs["entropy"].append(entropy)
             logs["ess"].append(effective_sample_size(log_weights).mean())
 

@@ -27,7 +27,7 @@ BAD_ARGUMENTS = {
     "target_entropy": ["automatic", NAN, None],
     "sde_sample_freq": [0, -2, 1.5],
     "n_mc_samples": [1, 0, -8, 8.0, "8"],
-    "diffusion_steps": [1, 0, -8, 8.5],
+    "diffusion_steps": [2, 0, -8, 8.5],
     "score_target": ["gradient", None, 1],
     "backup": ["semi", None, True],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
@@ -40,6 +40,8 @@ BAD_POLICY_KWARGS = {
     "n_deterministic_samples": [0, 1.5],
     "net_arc": [[64, 64]],
     "ortho_init": [True],
+    "squash_output": [True],
+    "features_extractor": [None],
 }
 
 
@@ -61,6 +63,11 @@ def test_bad_policy_kwargs(name, value):
     with pytest.raises(ValueError, match=f"policy_kwargs: {name}=") as error:
         DQS("MlpPolicy", "Pendulum-v1", buffer_size=10, policy_kwargs={name: value})
     assert repr(value) in str(error.value)
+
+
+def test_diffusion_steps_is_no_argument_of_the_policy():
+    with pytest.raises(ValueError, match=r"policy_kwargs: diffusion_steps is an argument of DQS itself"):
+        DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"diffusion_steps": 4})
 
 
 def test_good_numbers_of_numpy_are_accepted():
@@ -105,7 +112,7 @@ class SpoiltEnv(RandomEnv):
 
     def __init__(self, what: str, value: float, at_reset: bool = False):
         super().__init__(OBS, spaces.Box(-1, 1, (1,), np.float32))
-        self.what, self.value, self.at_reset, self.count = what, value, at_reset, 0
+        self.what, self.value, self.at_reset, self.count = what, value, at_reset, 0  # what: reward or (terminal) observation
 
     def reset(self, *, seed=None, options=None):
         obs, info = super().reset(seed=seed)
@@ -116,12 +123,13 @@ class SpoiltEnv(RandomEnv):
         self.count += 1
         if self.count == 7:
             reward = self.value if self.what == "reward" else reward
-            obs = np.full_like(obs, self.value) if self.what == "observation" else obs
+            obs = np.full_like(obs, self.value) if "observation" in self.what else obs
+            terminated = "terminal" in self.what
         return obs, reward, terminated, False, info
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("what", ["reward", "observation", "terminal observation"])
 def test_bad_numbers_of_the_environment_stop_training(make_model, what, value):
     model = make_model(env=SpoiltEnv(what, value))
     with pytest.raises(ValueError, match=f"the {what} is not finite at step 7"):

@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch as th
-from scipy import stats
 
 from sb3_dqs.boltzmann import truncated_normal_mean
 from sb3_dqs.diffusion import (
@@ -21,32 +20,23 @@ from sb3_dqs.diffusion import (
 )
 
 
-@pytest.mark.parametrize("n_levels", [2, 3, 8, 40])
+@pytest.mark.parametrize("n_levels", [3, 8, 40])
 def test_sampling_levels_fall_from_max_to_min(n_levels):
     levels = sampling_levels(n_levels)
     assert len(levels) == n_levels
     assert all(high > low for high, low in pairwise(levels))
     assert levels[:2] == [SIGMA_MAX, pytest.approx(SIGMA_BROAD)]
-    if n_levels > 2:
-        assert levels[-1] == pytest.approx(SIGMA_MIN)
+    assert levels[-1] == pytest.approx(SIGMA_MIN)
 
 
-@pytest.mark.parametrize("n_samples", [2, 7, 256])
+@pytest.mark.parametrize("n_samples", [1, 2, 7, 256])
 def test_training_levels_are_stratified_and_log_uniform(n_samples):
     levels = training_levels(n_samples)
     assert levels.shape == (n_samples, 1)
-    at_max = levels == SIGMA_MAX
-    assert at_max.sum() == math.ceil(n_samples / 10)
-    quantiles = (levels[~at_max].log() - math.log(SIGMA_MIN)) / math.log(SIGMA_BROAD / SIGMA_MIN)
-    n_rest = len(quantiles)
-    # One level in each of n_rest equal parts of the logarithmic range (up to float32 at the edges)
-    strata = (quantiles * n_rest).sort().values
-    assert (strata >= th.arange(n_rest) - 1e-3).all() and (strata <= th.arange(n_rest) + 1 + 1e-3).all()
-
-
-def test_a_single_training_level_is_sometimes_the_highest():
-    levels = th.cat([training_levels(1) for _ in range(400)])
-    assert 0 < (levels == SIGMA_MAX).sum() < 400
+    quantiles = (levels.log() - math.log(SIGMA_MIN)) / math.log(SIGMA_MAX / SIGMA_MIN)
+    # One level in each of n equal parts of the logarithmic range (up to float32 at the edges)
+    strata = (quantiles.squeeze(1) * n_samples).sort().values
+    assert (strata >= th.arange(n_samples) - 1e-3).all() and (strata <= th.arange(n_samples) + 1 + 1e-3).all()
 
 
 def test_edm_scalings_are_the_denoiser_of_a_gaussian_of_the_data_variance():
@@ -86,13 +76,10 @@ def test_solver_reaches_a_gaussian_and_few_steps_come_near(mean, std):
 
 def test_solver_is_of_second_order():
     """Twice the steps divide the error by about four (a first-order solver: by two)."""
-    exact = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
 
     def error(n_levels):
-        # Undo the part that does not depend on the solver: a solver with no error maps latents linearly
         return np.abs(solve(gaussian_denoiser(0.0, 0.2), n_levels) - solve(gaussian_denoiser(0.0, 0.2), 1280)).mean()
 
-    assert exact.std() == pytest.approx(1, abs=0.01)
     assert error(20) / error(40) > 2.8
 
 
@@ -122,5 +109,6 @@ def test_solver_draws_the_uniform_policy():
 
 def test_solver_stays_in_the_box_whatever_the_denoiser_says():
     levels = sampling_levels(8)
-    actions = solve_reverse_ode(lambda x, step: 1e6 * x, th.randn(64, 3), levels)
-    assert actions.abs().max() <= 1
+    for factor in (1e6, -1e6, math.inf, math.nan):
+        actions = solve_reverse_ode(lambda x, step, factor=factor: factor * x, th.randn(64, 3), levels)
+        assert actions.isfinite().all() and actions.abs().max() <= 1

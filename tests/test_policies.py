@@ -66,7 +66,7 @@ class TestDeterministic:
         policy, obs = make_policy(best_of_n_by_q=True), th.zeros(4, 3)
         with th.no_grad():
             candidates = policy.actor.sample_bank(policy.actor.embed(obs))
-            values = policy.critic.min_q_values(obs, candidates)
+            values = policy.critic.min_q_values(obs, candidates)  # features are the observations themselves
             chosen = policy(obs, deterministic=True)
             assert th.allclose(policy.critic.min_q_values(obs, chosen.unsqueeze(1)).squeeze(1), values.max(dim=1).values)
 
@@ -152,15 +152,19 @@ def test_ignored_arguments_of_sac_warn_once_each(make_model):
     assert [sum(name in message for message in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
 
 
-def test_absurd_weights_give_finite_actions():
+@pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, np.inf])
+def test_absurd_weights_give_finite_actions(scale):
     policy = make_policy()
-    for scale in (1e10, 1e30):
-        with th.no_grad():
-            for param in policy.actor.parameters():
-                param.fill_(scale)
-        for deterministic in (True, False):
-            actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
-            assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
+    with th.no_grad():
+        for param in policy.actor.parameters():
+            param.copy_(scale * th.randn_like(param))
+    for deterministic in (True, False):
+        actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
+        assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
+
+
+def test_held_noise_moves_with_the_actor():
+    assert make_policy(use_sde=True).to("meta").actor.held_latents.device.type == "meta"
 
 
 def test_state_dict_has_floats_only():

@@ -32,7 +32,7 @@ class RandomEnv(gym.Env):
 def learn_and_predict(observation_space, action_space, policy="MlpPolicy", **kwargs):
     env = RandomEnv(observation_space, action_space)
     model = DQS(
-        policy, env, learning_starts=5, batch_size=kwargs.pop("batch_size", 4), buffer_size=30, diffusion_steps=2,
+        policy, env, learning_starts=5, batch_size=kwargs.pop("batch_size", 4), buffer_size=30, diffusion_steps=3,
         n_mc_samples=2, policy_kwargs={"net_arch": [2]}, seed=0, device="cpu", **kwargs,
     )  # fmt: skip
     model.learn(12)
