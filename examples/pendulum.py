@@ -1,9 +1,11 @@
 """Train DQS on Pendulum-v1 with a progress bar, and print an evaluation. A few minutes on one core."""
 
+import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_dqs import DQS
 
+th.set_num_threads(1)  # networks this small are no faster with more
 model = DQS("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, seed=0)
 model.learn(total_timesteps=4_000, progress_bar=True)
 
