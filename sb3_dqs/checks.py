@@ -77,7 +77,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         if name in arguments and not is_valid(arguments[name]):
             raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
     if "ent_coef" in arguments:
-        make_temperature(arguments["ent_coef"], learning_rate=0.0, device="cpu")
+        temperature = make_temperature(arguments["ent_coef"], learning_rate=0.0, device="cpu")
+        for progress_remaining in (1.0, 0.0):
+            temperature(progress_remaining)  # a schedule must be positive at both ends
 
     policy_kwargs = arguments.get("policy_kwargs") or {}
     for name, (is_valid, requirement) in POLICY_KWARGS_CHECKS.items():
@@ -139,7 +141,7 @@ def _check_action_space(action_space: gym.Space) -> None:
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
         raise ValueError(
             f"env: the action space {action_space} has infinite bounds, but DQS draws actions from a box; "
-            "wrap the environment in gymnasium.wrappers.RescaleAction or give the space finite bounds."
+            "give the space finite bounds, in the environment or by a wrapper that replaces its action_space."
         )
     if not (action_space.low < action_space.high).all():
         raise ValueError(

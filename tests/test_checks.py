@@ -65,6 +65,11 @@ def test_bad_policy_kwargs(name, value):
     assert repr(value) in str(error.value)
 
 
+def test_schedule_that_ends_at_zero_is_refused_before_training():
+    with pytest.raises(ValueError, match="ent_coef: the schedule gave 0.0 at progress_remaining=0.000"):
+        DQS("MlpPolicy", "Pendulum-v1", ent_coef=lambda progress: 0.1 * progress)
+
+
 def test_diffusion_steps_is_no_argument_of_the_policy():
     with pytest.raises(ValueError, match=r"policy_kwargs: diffusion_steps is an argument of DQS itself"):
         DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"diffusion_steps": 4})
@@ -83,7 +88,7 @@ OBS = spaces.Box(-1, 1, (2,), np.float32)
     [
         (spaces.Discrete(2), "DQN or PPO"),
         (spaces.MultiDiscrete([2, 2]), "DQN or PPO"),
-        (spaces.Box(-np.inf, np.inf, (2,), np.float32), "RescaleAction"),
+        (spaces.Box(-np.inf, np.inf, (2,), np.float32), "finite bounds"),
         (spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)), "remove that dimension"),
     ],
 )
