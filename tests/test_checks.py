@@ -66,7 +66,7 @@ def test_bad_policy_kwargs(name, value):
 
 
 def test_schedule_that_ends_at_zero_is_refused_before_training():
-    with pytest.raises(ValueError, match="ent_coef: the schedule gave 0.0 at progress_remaining=0.000"):
+    with pytest.raises(ValueError, match=r"ent_coef: the schedule gave 0\.0 at progress_remaining=0\.000"):
         DQS("MlpPolicy", "Pendulum-v1", ent_coef=lambda progress: 0.1 * progress)
 
 
