@@ -43,7 +43,17 @@ def training_levels(n_samples: int, device: th.device | str = "cpu") -> th.Tenso
     :return: levels from ``SIGMA_MIN`` to ``SIGMA_MAX``, shape (n_samples, 1)
     """
     quantiles = (th.randperm(n_samples, device=device) + th.rand(n_samples, device=device)) / n_samples
-    return (SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** quantiles).unsqueeze(1)
+    return log_uniform_levels(quantiles).unsqueeze(1)
+
+
+def log_uniform_levels(quantiles: th.Tensor) -> th.Tensor:
+    """
+    Noise levels at quantiles of the log-uniform distribution from ``SIGMA_MIN`` to ``SIGMA_MAX``.
+
+    :param quantiles: numbers in [0, 1]
+    :return: levels, of the shape of ``quantiles``
+    """
+    return SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** quantiles
 
 
 def edm_scalings(sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN
+from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, log_uniform_levels
 
 LOG_VARIANCE_RANGE = 2 * math.log(SIGMA_MAX / SIGMA_MIN)
 # Cross-entropy of the noisy policy at sigma_max with a Gaussian of that width, per dimension. The policy beneath adds at
@@ -63,7 +63,7 @@ def log_density(
     """
     strata = th.arange(n_levels, device=actions.device).repeat(n_noises)
     quantiles = (strata + th.rand(len(actions), n_levels * n_noises, device=actions.device)) / n_levels
-    sigma = (SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** quantiles).unsqueeze(2)
+    sigma = log_uniform_levels(quantiles).unsqueeze(2)
     noise = th.randn(*sigma.shape[:2], actions.shape[1], device=actions.device)
     errors = actions.unsqueeze(1) - denoise(actions.unsqueeze(1) + sigma * noise, sigma)
     return -entropies(errors, noise, sigma, policy_std).mean(dim=1)
