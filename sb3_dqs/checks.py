@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_dqs.policies import DQSPolicy, MultiInputPolicy
 from sb3_dqs.temperature import make_temperature
 
 SCORE_TARGETS = ("posterior_mean", "energy_gradient")
@@ -87,14 +88,25 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"policy_kwargs: {name}={policy_kwargs[name]!r} will not do: it must be {requirement}.")
 
 
-def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> None:
+def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_space: gym.Space) -> None:
     """
-    Check that the policy knows all the names in ``policy_kwargs``.
+    Check that the policy is one of DQS, fits the observations, and knows all the names in ``policy_kwargs``.
 
     :param policy_class: class of the policy
     :param policy_kwargs: as the user gave them
-    :raises ValueError: naming the unknown argument and the known ones
+    :param observation_space: of the environment
+    :raises ValueError: naming the argument, the value and the remedy
     """
+    if not issubclass(policy_class, DQSPolicy):
+        raise ValueError(
+            f"policy={policy_class.__name__} is not a policy of DQS: pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs "
+            "(a file that another algorithm saved can only be loaded by that algorithm)."
+        )
+    if issubclass(policy_class, MultiInputPolicy) and not isinstance(observation_space, spaces.Dict):
+        raise ValueError(
+            f'policy=MultiInputPolicy needs dictionary observations, but they are {observation_space}; pass "MlpPolicy", '
+            'or "CnnPolicy" for images.'
+        )
     known: set[str] = set()
     for cls in policy_class.__mro__:
         parameters = inspect.signature(cls).parameters.values()

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
 from sb3_dqs.boltzmann import effective_sample_size, energy_gradient, posterior_mean
-from sb3_dqs.checks import check_arguments, check_finite, check_policy_kwargs, make_checked_env
+from sb3_dqs.checks import check_arguments, check_finite, check_policy, make_checked_env
 from sb3_dqs.diffusion import edm_scalings, training_levels
 from sb3_dqs.entropy import entropies
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
@@ -186,7 +186,7 @@ class DQS(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(vars(self))  # again, because loading can change them
-        check_policy_kwargs(self.policy_class, self.policy_kwargs)
+        check_policy(self.policy_class, self.policy_kwargs, self.observation_space)
         self.policy_kwargs = {**self.policy_kwargs, "diffusion_steps": self.diffusion_steps}
         super()._setup_model()
         self._create_aliases()

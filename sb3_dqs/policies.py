@@ -498,7 +498,13 @@ class DQSPolicy(BasePolicy):
         :param n_levels: number of noise levels of the integral
         :param n_noises: number of noises per level
         :return: log-density with respect to the actions in [-1, 1], in nats, shape (batch_size,)
+        :raises ValueError: if the actions are no tensor, or lie outside [-1, 1]
         """
+        if not isinstance(actions, th.Tensor) or not (actions.abs() <= 1).all():
+            raise ValueError(
+                f"actions={actions!r} will not do: pass a tensor of actions scaled to [-1, 1], "
+                "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32)."
+            )
         embedding = self.actor.embed(obs)
         return self.actor.log_prob(embedding, actions.reshape(len(embedding), -1), n_levels, n_noises)
 

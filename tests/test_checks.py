@@ -3,14 +3,17 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
+from stable_baselines3 import SAC
 from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
+from stable_baselines3.sac.policies import SACPolicy
 from test_spaces import RandomEnv
 
-from sb3_dqs import DQS, MlpPolicy
-from sb3_dqs.checks import ARGUMENT_CHECKS, check_arguments, check_finite, check_policy_kwargs
+from sb3_dqs import DQS, CnnPolicy, MlpPolicy
+from sb3_dqs.checks import ARGUMENT_CHECKS, check_arguments, check_finite, check_policy
 
 NAN, INF = float("nan"), float("inf")
 # argument: bad values
@@ -110,6 +113,24 @@ def test_wrong_policy_for_the_observations():
         DQS("MlpPolicy", SimpleMultiObsEnv(discrete_actions=False))
     with pytest.raises(ValueError, match="unknown"):
         DQS("MlpLstmPolicy", "Pendulum-v1")
+    with pytest.raises(ValueError, match="policy=MultiInputPolicy needs dictionary observations"):
+        DQS("MultiInputPolicy", "Pendulum-v1")
+    with pytest.raises(ValueError, match="policy=SACPolicy is not a policy of DQS"):
+        DQS(SACPolicy, "Pendulum-v1")
+
+
+def test_file_of_another_algorithm(tmp_path):
+    SAC("MlpPolicy", "Pendulum-v1", buffer_size=10).save(tmp_path / "sac")
+    with pytest.raises(ValueError, match="policy=SACPolicy is not a policy of DQS"):
+        DQS.load(tmp_path / "sac")
+
+
+def test_actions_that_are_not_scaled(make_model):
+    policy = make_model().policy
+    obs = th.zeros(1, 3)
+    for actions in (th.full((1, 1), 1.5), th.full((1, 1), NAN), np.zeros((1, 1), np.float32)):
+        with pytest.raises(ValueError, match=r"actions=.* will not do"):
+            policy.log_prob(obs, actions)
 
 
 class SpoiltEnv(RandomEnv):
@@ -174,8 +195,6 @@ def test_check_arguments_raises_nothing_but_value_errors(arguments):
         assert any(f"{name}=" in str(error) for name in arguments)
 
 
-def test_check_policy_kwargs_knows_the_arguments_of_parents():
-    from sb3_dqs import CnnPolicy
-
-    check_policy_kwargs(CnnPolicy, {"net_arch": [4], "n_critics": 1, "features_extractor_class": None})
-    check_policy_kwargs(MlpPolicy, {"use_sde": True})
+def test_check_policy_knows_the_arguments_of_parents():
+    check_policy(CnnPolicy, {"net_arch": [4], "n_critics": 1, "features_extractor_class": None}, OBS)
+    check_policy(MlpPolicy, {"use_sde": True}, OBS)
