@@ -1,5 +1,6 @@
 """Diffusion Q-Sampling (DQS) for Stable-Baselines3."""
 
+import contextlib
 from pathlib import Path
 
 from sb3_dqs.dqs import DQS
@@ -8,3 +9,9 @@ from sb3_dqs.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 __version__ = Path(__file__).with_name("version.txt").read_text(encoding="utf-8").strip()
 
 __all__ = ["DQS", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]
+
+# For installations whose start-up files do not run (``pip install --target``); absent in a bare source tree
+with contextlib.suppress(ModuleNotFoundError):
+    import sb3_dqs_rl_zoo3
+
+    sb3_dqs_rl_zoo3.install()

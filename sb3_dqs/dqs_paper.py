@@ -1,0 +1,16 @@
+"""
+The paper's setting for RL Zoo: ``python -m rl_zoo3.train --algo dqs --conf-file sb3_dqs.dqs_paper --env ...``.
+
+Every entry of ``dqs.yml``, with the arguments that make DQS the published algorithm (https://arxiv.org/abs/2410.01312).
+"""
+
+import yaml
+
+from sb3_dqs.rl_zoo import get_hyperparams_path
+
+PAPER = {"score_target": "energy_gradient", "n_mc_samples": 1000, "backup": "hard", "ent_coef": "log_linear_1.0_0.01"}
+
+# The name that RL Zoo looks for
+hyperparams = {
+    env_id: {**entry, **PAPER} for env_id, entry in yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8")).items()
+}

@@ -1,0 +1,280 @@
+"""The hook into RL Zoo, and the names of RL Zoo that it touches: an upstream change fails here and says why."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+import warnings
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from sb3_dqs import DQS
+from sb3_dqs.checks import check_arguments
+from sb3_dqs.dqs_paper import hyperparams as paper_hyperparams
+from sb3_dqs.rl_zoo import convert_dqs_params, get_hyperparams_path, register, sample_dqs_params
+
+HOOK = Path(__file__).parent.parent / "rl_zoo_hook"
+ENTRIES = yaml.safe_load(get_hyperparams_path().read_text())
+MUJOCO = "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum".split()
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """The module of the hook, fresh, and its finder not yet in place."""
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "RegisteringFinder"])
+    monkeypatch.syspath_prepend(HOOK)
+    monkeypatch.delitem(sys.modules, "sb3_dqs_rl_zoo3", raising=False)
+    return importlib.import_module("sb3_dqs_rl_zoo3")
+
+
+# --- names of RL Zoo that the hook relies on
+
+
+def test_upstream_dictionaries():
+    from rl_zoo3 import enjoy, exp_manager, hyperparams_opt, train, utils
+
+    for module in (enjoy, exp_manager, train):
+        assert module.ALGOS is utils.ALGOS, f"{module.__name__} no longer shares the dictionary ALGOS of rl_zoo3.utils"
+    for name in ("HYPERPARAMS_SAMPLER", "HYPERPARAMS_CONVERTER"):
+        assert isinstance(getattr(hyperparams_opt, name), dict), f"rl_zoo3.hyperparams_opt.{name} is no longer a dictionary"
+        assert getattr(exp_manager, name) is getattr(hyperparams_opt, name)
+
+
+def test_upstream_signatures():
+    from rl_zoo3 import exp_manager, hyperparams_opt
+
+    parameters = inspect.signature(exp_manager.ExperimentManager.__init__).parameters
+    assert {"algo", "config"} <= set(parameters), "ExperimentManager no longer takes algo and config"
+    assert parameters["config"].default is None
+    source = inspect.getsource(inspect.unwrap(exp_manager.ExperimentManager.__init__))
+    assert "self.config" in source and "self.algo" in source, "ExperimentManager no longer keeps algo and config"
+    for sampler in (hyperparams_opt.sample_sac_params, sample_dqs_params):
+        assert list(inspect.signature(sampler).parameters) == ["trial", "n_actions", "n_envs", "additional_args"]
+    assert list(inspect.signature(hyperparams_opt.convert_offpolicy_params).parameters) == ["sampled_params"]
+    assert list(inspect.signature(hyperparams_opt.sample_her_params).parameters) == ["trial", "hyperparams", "her_kwargs"]
+
+
+def test_upstream_reads_modules_given_as_configuration():
+    from rl_zoo3 import exp_manager
+
+    source = inspect.getsource(exp_manager.ExperimentManager.read_hyperparameters)
+    assert "importlib.import_module(self.config).hyperparams" in source, "--conf-file no longer takes a module"
+
+
+# --- the hook
+
+
+class Recorder:
+    """In the place of ``sb3_dqs.rl_zoo``."""
+
+    def __init__(self, error=None):
+        self.names, self.error = [], error
+
+    def register(self, module):
+        self.names.append(module.__name__)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def recorder(hook, monkeypatch, tmp_path):
+    """A stand-in for rl_zoo3 on the path, and a record of what the hook registers with."""
+    package = tmp_path / "rl_zoo3"
+    package.mkdir()
+    for name in ("__init__", "utils", "hyperparams_opt", "exp_manager", "other"):
+        (package / f"{name}.py").write_text("import rl_zoo3\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "rl_zoo3"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    recorder = Recorder()
+    monkeypatch.setattr("sb3_dqs.rl_zoo.register", recorder.register)
+    yield recorder
+    for name in [name for name in sys.modules if name.split(".")[0] == "rl_zoo3"]:
+        del sys.modules[name]
+
+
+def test_hook_registers_with_three_modules_and_no_others(hook, recorder):
+    hook.install()
+    for name in ("utils", "other", "hyperparams_opt", "exp_manager"):
+        module = importlib.import_module(f"rl_zoo3.{name}")
+        assert type(module.__loader__) is SourceFileLoader
+    assert recorder.names == ["rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"]
+    importlib.reload(sys.modules["rl_zoo3.utils"])
+    assert recorder.names.count("rl_zoo3.utils") == 2
+
+
+def test_hook_is_idempotent(hook, recorder):
+    n_finders = len(sys.meta_path)
+    hook.install()
+    hook.install()
+    assert len(sys.meta_path) == n_finders + 1
+    importlib.import_module("rl_zoo3.utils")
+    hook.install()
+    assert recorder.names == ["rl_zoo3.utils"]
+
+
+def test_hook_registers_with_modules_that_have_run(hook, recorder):
+    importlib.import_module("rl_zoo3.utils")
+    hook.install()
+    assert recorder.names == ["rl_zoo3.utils"]
+
+
+def test_opt_out(hook, recorder, monkeypatch):
+    monkeypatch.setenv("SB3_DQS_NO_RL_ZOO", "1")
+    finders = list(sys.meta_path)
+    hook.install()
+    assert sys.meta_path == finders
+    importlib.import_module("rl_zoo3.utils")
+    assert recorder.names == []
+
+
+def test_hook_is_silent_without_rl_zoo(hook, recorder, monkeypatch):
+    hook.install()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "rl_zoo3").exists()])
+    with warnings.catch_warnings(), pytest.raises(ModuleNotFoundError, match="rl_zoo3"):
+        warnings.simplefilter("error")
+        importlib.import_module("rl_zoo3.utils")
+
+
+def test_broken_registration_warns_once_and_breaks_nothing(hook, recorder):
+    recorder.error = KeyError("changed upstream")
+    hook.install()
+    with pytest.warns(RuntimeWarning, match="SB3_DQS_NO_RL_ZOO=1") as caught:
+        importlib.import_module("rl_zoo3.utils")
+        importlib.import_module("rl_zoo3.exp_manager")
+    assert len(caught) == 1
+    assert recorder.names == ["rl_zoo3.utils", "rl_zoo3.exp_manager"]
+
+
+class DelegatingFinder:
+    """Asks the whole of sys.meta_path, as other hooks do."""
+
+    def __init__(self):
+        self.busy = False
+
+    def find_spec(self, name, path=None, target=None):
+        if self.busy:
+            return None
+        self.busy = True
+        try:
+            return next((spec for f in sys.meta_path if (spec := f.find_spec(name, path, target))), None)
+        finally:
+            self.busy = False
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_beside_another_delegating_finder(hook, recorder, position):
+    hook.install()
+    sys.meta_path.insert(position, DelegatingFinder())
+    importlib.import_module("rl_zoo3.utils")
+    assert recorder.names == ["rl_zoo3.utils"]
+
+
+def test_start_up_files_call_install(hook):
+    (line,) = (HOOK / "sb3_dqs_rl_zoo3.pth").read_text().splitlines()
+    exec(line, {})
+    assert hook.FINDER in sys.meta_path
+    module, function = (HOOK / "sb3_dqs_rl_zoo3.start").read_text().strip().split(":")
+    assert (module, function) == (hook.__name__, hook.install.__name__)
+
+
+def test_start_up_imports_nothing(hook):
+    """Neither torch nor anything else but the module itself and what every interpreter has loaded."""
+    code = "import os, sys; before = set(sys.modules); import sb3_dqs_rl_zoo3; sb3_dqs_rl_zoo3.install(); "
+    code += "print(sorted(set(sys.modules) - before)); import gymnasium; print('torch' in sys.modules)"
+    # -S: without the start-up files of this environment; with them, os is loaded
+    arguments = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {[str(HOOK), *sys.path]!r}; {code}"]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == ["['sb3_dqs_rl_zoo3']", "False"]
+
+
+# --- what is registered
+
+
+def test_register_leaves_what_is_there():
+    from rl_zoo3 import utils
+
+    register(utils)
+    assert utils.ALGOS["dqs"] is DQS and DQS.__name__ == "DQS"  # RL Zoo names folders after the class
+    first = dict(utils.ALGOS)
+    register(utils)
+    assert utils.ALGOS == first
+
+
+def test_hyperparameters_of_the_user_and_of_a_zoo_folder_come_first(tmp_path):
+    from types import ModuleType
+
+    class ExperimentManager:
+        def __init__(self, args, algo, config=None, folder=tmp_path):
+            self.algo, self.config = algo, config or str(folder / f"{algo}.yml")
+
+    module = ModuleType("rl_zoo3.exp_manager")
+    module.ExperimentManager = ExperimentManager
+    register(module)
+    assert ExperimentManager(None, "dqs").config == str(get_hyperparams_path())
+    assert ExperimentManager(None, "dqs", "missing.yml").config == "missing.yml"
+    assert ExperimentManager(None, algo="dqs", config="missing.yml").config == "missing.yml"
+    assert ExperimentManager(None, "sac").config == str(tmp_path / "sac.yml")
+    (tmp_path / "dqs.yml").touch()
+    assert ExperimentManager(None, "dqs").config == str(tmp_path / "dqs.yml")
+
+
+def test_changed_experiment_manager_is_reported():
+    from types import ModuleType
+
+    module = ModuleType("rl_zoo3.exp_manager")
+    module.ExperimentManager = type("ExperimentManager", (), {"__init__": lambda self, settings: None})
+    with pytest.raises(TypeError, match="no arguments named algo and config"):
+        register(module)
+
+
+# --- hyperparameters
+
+
+@pytest.mark.parametrize("env_id", ENTRIES)
+def test_entries_are_arguments_of_dqs(env_id):
+    entry = dict(ENTRIES[env_id])
+    assert {"n_timesteps", "policy"} <= set(entry)
+    arguments = {name: value for name, value in entry.items() if name not in ("n_timesteps", "normalize", "n_envs")}
+    assert set(arguments) <= set(inspect.signature(DQS).parameters)
+    arguments["policy_kwargs"] = eval(arguments.get("policy_kwargs", "None"))
+    if isinstance(arguments.get("learning_rate"), str):
+        arguments["learning_rate"] = float(arguments["learning_rate"].removeprefix("lin_"))
+    check_arguments(arguments)
+
+
+def test_entries_are_complete():
+    wanted = {f"{name}-v{version}" for name in MUJOCO for version in (4, 5)}
+    wanted |= {"default", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"}
+    assert wanted <= set(ENTRIES)
+    for name in MUJOCO:
+        assert ENTRIES[f"{name}-v4"] == ENTRIES[f"{name}-v5"]
+
+
+def test_paper_setting():
+    assert set(paper_hyperparams) == set(ENTRIES)
+    paper = {"score_target": "energy_gradient", "n_mc_samples": 1000, "backup": "hard", "ent_coef": "log_linear_1.0_0.01"}
+    for env_id, entry in paper_hyperparams.items():
+        assert entry == ENTRIES[env_id] | paper
+
+
+# --- search space
+
+
+@pytest.mark.parametrize("using_her", [False, True])
+def test_search_space_gives_arguments_of_dqs(using_her):
+    additional_args = {"using_her_replay_buffer": using_her, "her_kwargs": {"copy_info_dict": False}}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        trial = study.ask()
+        sampled = sample_dqs_params(trial, 1, 1, additional_args)
+        assert set(sampled) <= set(inspect.signature(DQS).parameters)
+        check_arguments(sampled)
+        converted = convert_dqs_params(trial.params)  # as --trial-id does
+        if using_her:
+            assert sampled["replay_buffer_kwargs"].pop("copy_info_dict") is False
+        assert converted == sampled

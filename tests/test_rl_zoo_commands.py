@@ -1,0 +1,305 @@
+"""
+The commands of RL Zoo as a user types them, in an environment that holds the wheel of this package: neither the source
+tree nor an editable installation is on the path. Its other packages are those of the environment that runs the tests.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+import filelock
+import optuna
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PURELIB = sysconfig.get_path("purelib")
+# Small enough for a test, by the Zoo's own switches
+SHORT = ["-n", "130", "--eval-freq", "-1", "--num-threads", "1", "--hyperparams", "learning_starts:120", "batch_size:16"]
+SHORT_PENDULUM = ["--env", "ShortPendulum-v0", "--gym-packages", "zoo_envs"]
+
+
+class Environment:
+    """A virtual environment, and how to run commands in it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
+
+    def run(self, *arguments: object, cwd: Path, **variables: str) -> str:
+        """Run Python, print what it prints, and return it; a failing command fails the test."""
+        with self.start(*arguments, cwd=cwd, **variables) as process:
+            output, _ = process.communicate()
+        print(output)
+        assert process.returncode == 0, output
+        return output
+
+    def start(self, *arguments: object, cwd: Path, **variables: str) -> subprocess.Popen:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST", "PYTHON"))}
+        env |= {"PYTHONPATH": str(ROOT / "tests"), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}
+        return subprocess.Popen(
+            [str(self.bin / "python"), *map(str, arguments)],
+            cwd=cwd,
+            env=env | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def make_environment(folder: Path) -> Environment:
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (purelib,) = folder.glob("lib/python*/site-packages") if os.name != "nt" else [folder / "Lib" / "site-packages"]
+    # A plain line: the start-up files of that folder, and so its copy of this package's, are not run
+    (purelib / "borrowed.pth").write_text(f"{PURELIB}\n")
+    return Environment(folder)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id):
+    """A folder of this run of the tests, the same for all its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(shared_folder):
+    with filelock.FileLock(shared_folder / "wheel.lock"):
+        if not (shared_folder / "wheel").exists():
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "--quiet",
+                "--no-deps",
+                "--wheel-dir",
+                shared_folder / "wheel",
+                ROOT,
+            ]
+            subprocess.run(command, check=True)
+    (path,) = (shared_folder / "wheel").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def zoo(shared_folder, wheel):
+    """Environment with the wheel."""
+    folder = shared_folder / "zoo"
+    with filelock.FileLock(shared_folder / "zoo.lock"):
+        if not folder.exists():
+            environment = make_environment(folder)
+            environment.run("-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=shared_folder)
+    return Environment(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(shared_folder, zoo):
+    """Folder in which the main command has been run."""
+    folder = shared_folder / "trained"
+    with filelock.FileLock(shared_folder / "trained.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            main = ["-m", "rl_zoo3.train", "--algo", "dqs", "--env", "Pendulum-v1", "-n", 200, "--eval-freq", 80]
+            options = ["--eval-episodes", 2, "--tensorboard-log", "tb", "-P", "--num-threads", 1, "--save-replay-buffer"]
+            output = zoo.run(*main, *options, cwd=folder)
+            (folder / "output.txt").write_text(output)
+    return folder
+
+
+RUN = Path("logs/dqs/Pendulum-v1_1")
+
+
+def test_the_wheel_is_what_is_imported(zoo, tmp_path):
+    code = "import sys; print('torch' in sys.modules); import sb3_dqs; print(sb3_dqs.__file__)"
+    without_torch, path = zoo.run("-c", code, cwd=tmp_path).splitlines()
+    assert without_torch == "False"
+    assert Path(path).is_relative_to(zoo.folder)
+
+
+def test_train(trained, zoo):
+    output = (trained / "output.txt").read_text()
+    (line,) = [line for line in output.splitlines() if line.startswith("Loading hyperparameters from")]
+    assert Path(line.split(": ")[1]).is_relative_to(zoo.folder)
+    assert "RuntimeWarning" not in output and "200/200" in output
+    for name in ("Pendulum-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv", "replay_buffer.pkl"):
+        assert (trained / RUN / name).exists()
+    assert (trained / RUN / "Pendulum-v1" / "args.yml").exists()
+    # The arguments as in dqs.yml, none of DQS's own making
+    config = yaml.load((trained / RUN / "Pendulum-v1" / "config.yml").read_text(), yaml.UnsafeLoader)
+    assert dict(config) == yaml.safe_load((ROOT / "hyperparams" / "dqs.yml").read_text())["Pendulum-v1"]
+    assert list((trained / "tb" / "Pendulum-v1" / "DQS_1").glob("events*"))
+
+
+def test_enjoy(trained, zoo):
+    command = ["-m", "rl_zoo3.enjoy", "--algo", "dqs", "--env", "Pendulum-v1", "-f", "logs", "-n", 201, "--no-render"]
+    for options in (["--load-best", "--stochastic"], ["--custom-objects"]):
+        assert "Mean reward" in zoo.run(*command, *options, cwd=trained)
+
+
+def test_record_video(trained, zoo):
+    pytest.importorskip("pygame", reason="Pendulum-v1 is drawn by pygame")
+    command = ["-m", "rl_zoo3.record_video", "--algo", "dqs", "--env", "Pendulum-v1", "-f", "logs", "-n", 20, "-o", "videos"]
+    zoo.run(*command, cwd=trained)
+    assert list((trained / "videos").glob("*.mp4"))
+
+
+def test_script_and_continued_training(trained, zoo, tmp_path):
+    model = trained / RUN / "Pendulum-v1.zip"
+    options = ["--env", "Pendulum-v1", "-i", model, "-n", 20, "--eval-freq", -1, "--num-threads", 1]
+    # rl_zoo3.cli is what the script rl_zoo3 runs
+    output = zoo.run("-m", "rl_zoo3.cli", "train", "--algo", "dqs", *options, cwd=tmp_path)
+    assert "Loading pretrained agent" in output and "Loading replay buffer" in output
+    assert (tmp_path / RUN / "Pendulum-v1.zip").exists()
+
+
+def test_load_from_hub_knows_dqs(zoo, tmp_path):
+    assert "dqs" in zoo.run("-m", "rl_zoo3.load_from_hub", "--help", cwd=tmp_path)
+
+
+def test_plots(trained, zoo, tmp_path):
+    for number in (1, 2):  # plot_from_file skips what was run only once
+        shutil.copytree(trained / RUN, tmp_path / f"logs/dqs/Pendulum-v1_{number}")
+    zoo.run("-m", "rl_zoo3.plots.plot_train", "-a", "dqs", "-e", "Pendulum-v1", "-f", "logs", "-w", 1, cwd=tmp_path)
+    options = ["-e", "Pendulum-v1", "-f", "logs", "--no-display", "-o", "results"]
+    output = zoo.run("-m", "rl_zoo3.plots.all_plots", "-a", "dqs", *options, cwd=tmp_path)
+    assert "DQS" in output and "0.0 +/- 0.0" not in output
+    zoo.run("-m", "rl_zoo3.plots.plot_from_file", "-i", "results.pkl", "-o", "figure.png", "--format", "png", cwd=tmp_path)
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_subprocess_environments(zoo, tmp_path):
+    options = ["n_envs:2", "train_freq:5", "gradient_steps:2", "--vec-env", "subproc"]
+    zoo.run("-m", "rl_zoo3.train", "--algo", "dqs", *SHORT_PENDULUM, *SHORT, *options, cwd=tmp_path)
+    assert (tmp_path / "logs/dqs/ShortPendulum-v0_1/ShortPendulum-v0.zip").exists()
+
+
+def test_paper_setting(zoo, tmp_path):
+    config = ["--conf-file", "sb3_dqs.dqs_paper"]
+    output = zoo.run("-m", "rl_zoo3.train", "--algo", "dqs", *SHORT_PENDULUM, *SHORT, *config, cwd=tmp_path)
+    assert "('score_target', 'energy_gradient')" in output
+
+
+HER = ["replay_buffer_class:'HerReplayBuffer'", "policy:'MultiInputPolicy'", "replay_buffer_kwargs:dict(n_sampled_goal=2)"]
+GOAL = ["--algo", "dqs", "--env", "Goal-v0", "--gym-packages", "zoo_envs"]
+OPTIMIZE = ["-optimize", "--n-trials", "1", "--n-evaluations", "1", "--eval-episodes", "1", "--sampler", "random"]
+OPTIMIZE += ["--no-optim-plots"]
+
+
+def test_hindsight_experience_replay(zoo, tmp_path):
+    zoo.run("-m", "rl_zoo3.train", *GOAL, *SHORT, *HER, cwd=tmp_path)
+    zoo.run("-m", "rl_zoo3.enjoy", *GOAL, "-f", "logs", "-n", 20, "--no-render", cwd=tmp_path)
+    output = zoo.run("-m", "rl_zoo3.train", *GOAL, *SHORT, *HER, *OPTIMIZE, cwd=tmp_path)
+    assert "goal_selection_strategy" in output and "Best trial" in output
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///study.db", "study.log"])
+def test_search_and_training_with_its_trial(zoo, tmp_path, storage):
+    study = ["--storage", storage, "--study-name", "dqs"]
+    command = ["-m", "rl_zoo3.train", "--algo", "dqs", *SHORT_PENDULUM, *SHORT, *study]
+    zoo.run(*command, *OPTIMIZE, "--n-trials", 2, "--log-folder", "search", cwd=tmp_path)
+    assert list((tmp_path / "search/dqs").glob("report_*.csv"))
+    output = zoo.run(*command, "--trial-id", 1, cwd=tmp_path)
+    assert "Loading from Optuna study" in output
+    (config,) = tmp_path.glob("logs/dqs/*/*/config.yml")
+    assert {"n_mc_samples", "diffusion_steps", "score_target"} <= set(yaml.load(config.read_text(), yaml.UnsafeLoader))
+
+
+@pytest.fixture
+def postgresql():
+    """Address of a database in a throw-away cluster on the loopback address, started here and stopped in the end."""
+    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+    if found is None:
+        pytest.skip("no PostgreSQL server here: initdb is neither on PATH nor in /usr/lib/postgresql (package postgresql)")
+    programs = Path(found).resolve().parent
+    # The server refuses to run as root
+    user = {"user": "postgres", "group": "postgres"} if os.name == "posix" and os.getuid() == 0 else {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
+        if user:
+            shutil.chown(folder, **user)
+        data, quiet = f"{folder}/data", {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
+        subprocess.run([programs / "initdb", "--auth=trust", "--username=zoo", "--no-sync", "-D", data], **quiet)
+        server = f"-h 127.0.0.1 -p {port} -k {folder}"
+        subprocess.run([programs / "pg_ctl", "-D", data, "-l", f"{folder}/log", "-w", "-o", server, "start"], **quiet)
+        try:
+            yield f"postgresql://zoo@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **quiet)
+
+
+@pytest.mark.postgresql
+def test_two_processes_search_in_one_study(zoo, tmp_path, postgresql):
+    study = ["--storage", postgresql, "--study-name", "dqs"]
+    # Once, before the workers: two that make the tables at the same moment would collide. It is the script `optuna`
+    optuna_script = "import sys; from optuna.cli import main; sys.exit(main())"
+    zoo.run("-c", optuna_script, "create-study", *study, "--direction", "maximize", cwd=tmp_path)
+    command = ["-m", "rl_zoo3.train", "--algo", "dqs", *SHORT_PENDULUM, *SHORT, *study, *OPTIMIZE, "--n-trials", "2"]
+    workers = [zoo.start(*command, "--log-folder", f"worker_{i}", cwd=tmp_path) for i in range(2)]
+    outputs = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    trials = optuna.load_study(study_name="dqs", storage=postgresql).trials
+    assert len(trials) == 4
+    assert {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
+    assert all(f"Trial {trial.number} finished" in "".join(outputs) for trial in trials if trial.state.name == "COMPLETE")
+    # Each of the two did some of them
+    assert all("finished with" in output for output in outputs)
+
+
+def test_other_algorithms_are_as_without_this_package(zoo, tmp_path_factory, tmp_path):
+    command = ["-m", "rl_zoo3.train", "--algo", "sac", *SHORT_PENDULUM, *SHORT, "--seed", 1]
+    without = make_environment(tmp_path / "without")
+    results = []
+    for environment in (without, zoo):
+        folder = tmp_path_factory.mktemp("sac")
+        environment.run(*command, cwd=folder)
+        files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        contents = {name: path.read_bytes() for name, path in files.items() if path.suffix in (".yml", ".txt")}
+        contents = {name: text.replace(str(environment.folder).encode(), b"") for name, text in contents.items()}
+        model = zipfile.ZipFile(folder / "logs/sac/ShortPendulum-v0_1/ShortPendulum-v0.zip")
+        weights = {name: model.read(name) for name in model.namelist() if name.endswith(".pth")}
+        results.append((set(files), contents, weights))
+    assert results[0] == results[1]
+
+
+def test_uninstall_leaves_nothing(wheel, tmp_path):
+    environment = make_environment(tmp_path / "environment")
+
+    def files():
+        paths = environment.folder.rglob("*")
+        return {path for path in paths if path.is_file() and not {"pip", "__pycache__"} & set(path.parts)}
+
+    before = files()
+    environment.run("-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    environment.run("-c", "import sb3_dqs", cwd=tmp_path)
+    assert len(files()) > len(before)
+    environment.run("-m", "pip", "uninstall", "--quiet", "--yes", "sb3-dqs", cwd=tmp_path)
+    assert files() == before
+    assert not list(environment.folder.rglob("sb3_dqs*"))
+
+
+def test_sdist_and_editable_installation_register_dqs(shared_folder, tmp_path):
+    code = "from rl_zoo3.utils import ALGOS; from sb3_dqs.rl_zoo import get_hyperparams_path as path; "
+    code += "print(ALGOS['dqs'].__module__, path().exists())"
+    environment = make_environment(tmp_path / "environment")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "hatch", "hatchling"], check=True
+    )
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "results", "logs"))
+    build = f"import sys; sys.path.insert(0, {str(tmp_path / 'hatch')!r}); import os; os.chdir({str(source)!r}); "
+    build += f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True)
+    for target in (next(tmp_path.glob("*.tar.gz")), source):
+        editable = [] if target.suffix == ".gz" else ["--editable"]
+        environment.run("-m", "pip", "install", "--quiet", "--no-deps", *editable, target, cwd=tmp_path)
+        assert environment.run("-c", code, cwd=tmp_path).split()[-2:] == ["sb3_dqs.dqs", "True"]
+        environment.run("-m", "pip", "uninstall", "--quiet", "--yes", "sb3-dqs", cwd=tmp_path)
