@@ -25,6 +25,7 @@ class RegisteringFinder:
         self.has_warned = False
 
     def find_spec(self, name, path=None, target=None):
+        """As ``importlib.abc.MetaPathFinder.find_spec``."""
         if name not in MODULES or name in self.searching:
             return None
         self.searching.add(name)
@@ -33,8 +34,8 @@ class RegisteringFinder:
             spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self.searching.discard(name)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            self.wrap(spec.loader, name)
+        if spec is not None:
+            self.attempt(self.wrap, spec.loader, name)
         return spec
 
     def wrap(self, loader, name):
@@ -45,33 +46,45 @@ class RegisteringFinder:
         :param name: name of the module (a loader may serve several, of a zip file for instance)
         """
         exec_module = loader.exec_module
+        if name in getattr(exec_module, "registers", ()):
+            return
 
         def exec_and_register(module):
             exec_module(module)
             if module.__name__ == name:
-                self.register(module)
+                self.attempt(self.register, module)
 
+        exec_and_register.registers = (name, *getattr(exec_module, "registers", ()))  # type: ignore[attr-defined]
         loader.exec_module = exec_and_register
 
     def register(self, module):
         """
-        Add DQS to a module of RL Zoo that has run. If that fails, warn once: other algorithms must go on working.
+        Add DQS to a module of RL Zoo that has run.
 
         :param module: one of ``MODULES``
         """
-        try:
-            module.__sb3_dqs__ = True
-            from sb3_dqs import rl_zoo
+        module.__sb3_dqs__ = True
+        from sb3_dqs import rl_zoo
 
-            rl_zoo.register(module)
+        rl_zoo.register(module)
+
+    def attempt(self, function, *arguments):
+        """
+        Call a function; if it fails, warn once: other algorithms must go on working.
+
+        :param function: what to call
+        :param arguments: with what
+        """
+        try:
+            function(*arguments)
         except Exception as error:
             if not self.has_warned:
                 self.has_warned = True
                 import warnings
 
                 warnings.warn(
-                    f"sb3-dqs could not add DQS to {module.__name__} ({type(error).__name__}: {error}); other algorithms "
-                    f"are not affected. Set {OPT_OUT}=1 to silence this, or reinstall sb3-dqs.",
+                    f"sb3-dqs could not add DQS to rl_zoo3 ({type(error).__name__}: {error}); other algorithms are not "
+                    f"affected. Set {OPT_OUT}=1 to silence this, or reinstall sb3-dqs.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -87,5 +100,6 @@ def install():
     sys.meta_path.insert(0, FINDER)
     for name in MODULES:
         module = sys.modules.get(name)
-        if module is not None and not hasattr(module, "__sb3_dqs__"):
-            FINDER.register(module)
+        has_run = module is not None and not getattr(module.__spec__, "_initializing", False)
+        if has_run and not hasattr(module, "__sb3_dqs__"):
+            FINDER.attempt(FINDER.register, module)

@@ -10,7 +10,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv
+from torch import nn
 
 from sb3_dqs.policies import DQSPolicy, MultiInputPolicy
 from sb3_dqs.temperature import make_temperature
@@ -44,7 +46,7 @@ def _is_train_freq(value: Any) -> bool:
 ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: callable(v) or _is_real(v, 0), "a number >= 0 or a function of the remaining progress"),
     "buffer_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
-    "learning_starts": (lambda v: _is_int(v, 0), "an integer >= 0"),
+    "learning_starts": (lambda v: _is_real(v, 0), "a number >= 0"),
     "batch_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
     "tau": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
     "gamma": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
@@ -58,12 +60,18 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
+    "action_noise": (lambda v: v is None or isinstance(v, ActionNoise), "None or an ActionNoise of SB3"),
+    "use_sde": (lambda v: isinstance(v, bool), "True or False"),
+    "use_sde_at_warmup": (lambda v: isinstance(v, bool), "True or False"),
     "policy_kwargs": (lambda v: v is None or isinstance(v, dict), "a dictionary or None"),
 }
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
     "n_critics": (lambda v: _is_int(v, 1), "an integer >= 1"),
     "n_deterministic_samples": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "best_of_n_by_q": (lambda v: isinstance(v, bool), "True or False"),
+    "share_features_extractor": (lambda v: isinstance(v, bool), "True or False"),
+    "activation_fn": (lambda v: isinstance(v, type) and issubclass(v, nn.Module), "a class such as torch.nn.ReLU"),
 }
 
 
@@ -109,6 +117,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
         )
     known: set[str] = set()
     for cls in policy_class.__mro__:
+        if "__init__" not in vars(cls):
+            continue
         parameters = inspect.signature(cls).parameters.values()
         known |= {parameter.name for parameter in parameters}
         # Subclasses that pass **kwargs on are asked for the names of their parents, too
@@ -155,9 +165,9 @@ def _check_action_space(action_space: gym.Space) -> None:
             f"env: the action space {action_space} has infinite bounds, but DQS draws actions from a box; "
             "give the space finite bounds, in the environment or by a wrapper that replaces its action_space."
         )
-    if not (action_space.low < action_space.high).all():
+    if action_space.low.size == 0 or not (action_space.low < action_space.high).all():
         raise ValueError(
-            f"env: the action space {action_space} has a dimension whose low is not below its high; "
+            f"env: the action space {action_space} is empty, or has a dimension whose low is not below its high; "
             "remove that dimension from the action."
         )
 

@@ -10,7 +10,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
@@ -21,7 +22,8 @@ from sb3_dqs.entropy import entropies
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
 
-# Noise levels of the log-density in the soft backup: its noise is then about that of SAC's log-probability
+# Noise levels of the log-density in the soft backup: more cost more, fewer add more noise (with 4 of them its standard
+# deviation is about twice that of the log-density itself)
 N_BACKUP_LEVELS = 4
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
@@ -143,8 +145,13 @@ class DQS(OffPolicyAlgorithm):
         backup: str = "soft",
     ):
         check_arguments(locals())
-        if "diffusion_steps" in (policy_kwargs or {}):
-            raise ValueError("policy_kwargs: diffusion_steps is an argument of DQS itself: DQS(..., diffusion_steps=8).")
+        if (policy_kwargs or {}).get("diffusion_steps", diffusion_steps) != diffusion_steps:
+            wanted = (policy_kwargs or {})["diffusion_steps"]
+            raise ValueError(
+                f"policy_kwargs: diffusion_steps={wanted!r} is an argument of DQS: DQS(..., diffusion_steps={wanted!r})."
+            )
+        if env is None and _init_setup_model:
+            raise ValueError("env=None will not do: pass an environment or its name.")
         super().__init__(
             policy,
             make_checked_env(env, verbose),  # type: ignore[arg-type]  # None when loading
@@ -185,8 +192,8 @@ class DQS(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_arguments(vars(self))  # again, because loading can change them
         check_policy(self.policy_class, self.policy_kwargs, self.observation_space)
+        check_arguments(vars(self))  # again, because loading can change them
         self.policy_kwargs = {**self.policy_kwargs, "diffusion_steps": self.diffusion_steps}
         super()._setup_model()
         self._create_aliases()
@@ -363,6 +370,30 @@ class DQS(OffPolicyAlgorithm):
                 check_finite("the terminal observation", info["terminal_observation"], self.num_timesteps)
         check_finite("the reward", reward, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
+        (see ``get_parameters``). If they were saved with another kind of ``ent_coef`` (tuned instead of given, or the
+        other way round), the temperature is not loaded and begins anew.
+
+        :param load_path_or_dict: location of the saved data, or nested dictionary
+        :param exact_match: if True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception
+        :param device: device on which the code should run
+        """
+        params: dict[str, Any]
+        if isinstance(load_path_or_dict, dict):
+            params = load_path_or_dict
+        else:
+            _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        own = self.get_parameters()
+        temperature = {"temperature", "temperature.optimizer"}
+        params = {name: value for name, value in params.items() if name not in temperature - set(own)}
+        params |= {name: own[name] for name in temperature & set(own) - set(params)}
+        super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + ["actor", "critic", "critic_target", "temperature"]  # noqa: RUF005

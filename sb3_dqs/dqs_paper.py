@@ -8,7 +8,13 @@ import yaml
 
 from sb3_dqs.rl_zoo import get_hyperparams_path
 
-PAPER = {"score_target": "energy_gradient", "n_mc_samples": 1000, "backup": "hard", "ent_coef": "log_linear_1.0_0.01"}
+PAPER = {
+    "score_target": "energy_gradient",
+    "n_mc_samples": 1000,
+    "backup": "hard",
+    "ent_coef": "log_linear_1.0_0.01",
+    "use_sde": False,
+}
 
 # The name that RL Zoo looks for
 hyperparams = {

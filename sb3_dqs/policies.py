@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
@@ -480,6 +481,30 @@ class DQSPolicy(BasePolicy):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3's, and checks the observation, because the sampler is finite whatever comes in.
+
+        :param observation: the input observation
+        :param state: not used
+        :param episode_start: not used
+        :param deterministic: Whether or not to return deterministic actions
+        :return: the action in the action space, and ``state``
+        :raises ValueError: if the observation is not finite
+        """
+        for part in observation.values() if isinstance(observation, dict) else [observation]:
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"observation={part} is not finite; check the environment, or what prepares its observations."
+                )
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q:
             actions = self.actor.sample_bank(self.actor.embed(observation))
@@ -494,19 +519,21 @@ class DQSPolicy(BasePolicy):
         see :mod:`sb3_dqs.entropy` for the formula and its sources.
 
         :param obs: Observation
-        :param actions: actions in [-1, 1] (as in the replay buffer), shape (batch_size, action_dim)
+        :param actions: actions in [-1, 1] (as in the replay buffer), one per observation
         :param n_levels: number of noise levels of the integral
         :param n_noises: number of noises per level
         :return: log-density with respect to the actions in [-1, 1], in nats, shape (batch_size,)
-        :raises ValueError: if the actions are no tensor, or lie outside [-1, 1]
+        :raises ValueError: if the actions are no tensor, lie outside [-1, 1], or are not one per observation
         """
-        if not isinstance(actions, th.Tensor) or not (actions.abs() <= 1).all():
-            raise ValueError(
-                f"actions={actions!r} will not do: pass a tensor of actions scaled to [-1, 1], "
-                "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32)."
-            )
+        self.set_training_mode(False)  # as predict()
         embedding = self.actor.embed(obs)
-        return self.actor.log_prob(embedding, actions.reshape(len(embedding), -1), n_levels, n_noises)
+        shape = (len(embedding), *(self.action_space.shape or ()))
+        if not isinstance(actions, th.Tensor) or actions.shape != shape or not (actions.abs() <= 1).all():
+            raise ValueError(
+                f"actions={actions!r} will not do: pass a tensor of shape {shape}, one action per observation, in [-1, 1]: "
+                "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
+            )
+        return self.actor.log_prob(embedding, actions.flatten(start_dim=1), n_levels, n_noises)
 
     @th.no_grad()
     def entropy(self, obs: PyTorchObs, n_actions: int = 64, n_levels: int = 32) -> th.Tensor:
@@ -518,10 +545,22 @@ class DQSPolicy(BasePolicy):
         :param n_levels: number of noise levels of the integral
         :return: entropy of the action in [-1, 1]^d, in nats, shape (batch_size,)
         """
+        self.set_training_mode(False)  # as predict()
         embedding = self.actor.embed(obs).repeat_interleave(n_actions, dim=0)
         actions = self.actor.sample(embedding, th.randn(len(embedding), self.actor.action_dim, device=embedding.device))
 
         return -self.actor.log_prob(embedding, actions, n_levels).reshape(-1, n_actions).mean(dim=1)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        From [-1, 1] to the bounds of the action space. The sampler reaches the bounds exactly, where rounding can go
+        past them: hence the clipping.
+
+        :param scaled_action: actions in [-1, 1]
+        :return: actions in the action space
+        """
+        assert isinstance(self.action_space, spaces.Box)  # for type checker
+        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
 
     def set_training_mode(self, mode: bool) -> None:
         """

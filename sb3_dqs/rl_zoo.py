@@ -52,7 +52,7 @@ def _register_hyperparams(exp_manager: ModuleType) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original_init(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs).arguments
-        if arguments["algo"] == "dqs" and not arguments.get("config") and not Path(self.config).exists():
+        if self.algo == "dqs" and not arguments.get("config") and not Path(self.config).exists():
             self.config = str(get_hyperparams_path())
 
     exp_manager.ExperimentManager.__init__ = init
@@ -114,6 +114,7 @@ def convert_dqs_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
     params = convert_offpolicy_params(sampled_params)
     params["n_mc_samples"] = 2 ** params.pop("n_mc_samples_pow")
-    if "n_sampled_goal" in params:  # a trial with hindsight experience replay, loaded by its number
+    if "n_sampled_goal" in params:
+        # A trial with hindsight experience replay, loaded by its number: these replace those of the entry, as upstream
         params["replay_buffer_kwargs"] = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy")}
     return params

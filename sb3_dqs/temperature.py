@@ -40,6 +40,8 @@ class ScheduledTemperature(nn.Module):
         self.schedule = schedule
 
     def forward(self, progress_remaining: float) -> float:
+        # SB3's remaining progress falls below 0 when the last rollout overshoots
+        progress_remaining = max(progress_remaining, 0.0)
         value = float(self.schedule(progress_remaining))
         if not (0 < value < math.inf):
             raise ValueError(
@@ -114,6 +116,6 @@ def make_temperature(
 
 def _positive(value: str | float) -> float:
     number = float(value)
-    if not (0 < number < math.inf):
+    if isinstance(value, bool) or not (0 < number < math.inf):
         raise ValueError(f"{number} is not positive and finite")
     return number

@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3 import SAC
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
 from stable_baselines3.sac.policies import SACPolicy
 from test_spaces import RandomEnv
@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 BAD_ARGUMENTS = {
     "learning_rate": [-1e-3, NAN, INF, "fast", None, True],
     "buffer_size": [0, -1, 1.5, 1e6, "big", None],
-    "learning_starts": [-1, 0.5, "soon"],
+    "learning_starts": [-1, NAN, "soon"],
     "batch_size": [0, -256, 2.5, None],
     "tau": [-0.1, 1.1, NAN, "0.005", None],
     "gamma": [-0.1, 1.1, NAN, INF],
@@ -34,13 +34,19 @@ BAD_ARGUMENTS = {
     "score_target": ["gradient", None, 1],
     "backup": ["semi", None, True],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
+    "action_noise": [0.1, "normal"],
+    "use_sde": ["no", 1, None],
+    "use_sde_at_warmup": ["no", None],
     "train_freq": [0, -1, 1.5, (0, "step"), (1, "minute"), (1,), None],
-    "ent_coef": [0, -0.1, NAN, "automatic", None],
+    "ent_coef": [0, -0.1, NAN, "automatic", None, True],
 }
 BAD_POLICY_KWARGS = {
     "net_arch": [[0], [-64], [1.5], 64, "64", {"pi": [64]}, {"pi": [64], "vf": [64]}],
     "n_critics": [0, -1, 1.5],
     "n_deterministic_samples": [0, 1.5],
+    "best_of_n_by_q": ["yes", 1],
+    "share_features_extractor": ["no"],
+    "activation_fn": ["relu", None],
     "net_arc": [[64, 64]],
     "ortho_init": [True],
     "squash_output": [True],
@@ -73,8 +79,14 @@ def test_schedule_that_ends_at_zero_is_refused_before_training():
         DQS("MlpPolicy", "Pendulum-v1", ent_coef=lambda progress: 0.1 * progress)
 
 
+def test_idioms_of_sac_users(make_model):
+    other = make_model()
+    assert make_model(policy_kwargs=other.policy_kwargs).policy_kwargs == other.policy_kwargs
+    make_model(learning_starts=1e2).learn(101)
+
+
 def test_diffusion_steps_is_no_argument_of_the_policy():
-    with pytest.raises(ValueError, match=r"policy_kwargs: diffusion_steps is an argument of DQS itself"):
+    with pytest.raises(ValueError, match=r"diffusion_steps=4 is an argument .* DQS\(\.\.\., diffusion_steps=4\)"):
         DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"diffusion_steps": 4})
 
 
@@ -92,6 +104,7 @@ OBS = spaces.Box(-1, 1, (2,), np.float32)
         (spaces.Discrete(2), "DQN or PPO"),
         (spaces.MultiDiscrete([2, 2]), "DQN or PPO"),
         (spaces.Box(-np.inf, np.inf, (2,), np.float32), "finite bounds"),
+        (spaces.Box(-1, 1, (0,), np.float32), "remove that dimension"),
         (spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)), "remove that dimension"),
     ],
 )
@@ -119,17 +132,19 @@ def test_wrong_policy_for_the_observations():
         DQS(SACPolicy, "Pendulum-v1")
 
 
-def test_file_of_another_algorithm(tmp_path):
-    SAC("MlpPolicy", "Pendulum-v1", buffer_size=10).save(tmp_path / "sac")
-    with pytest.raises(ValueError, match="policy=SACPolicy is not a policy of DQS"):
-        DQS.load(tmp_path / "sac")
+@pytest.mark.parametrize("algorithm", [SAC, PPO])
+def test_file_of_another_algorithm(tmp_path, algorithm):
+    algorithm("MlpPolicy", "Pendulum-v1", device="cpu").save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"policy=.*Policy is not a policy of DQS"):
+        DQS.load(tmp_path / "model")
 
 
 def test_actions_that_are_not_scaled(make_model):
     policy = make_model().policy
     obs = th.zeros(1, 3)
-    for actions in (th.full((1, 1), 1.5), th.full((1, 1), NAN), np.zeros((1, 1), np.float32)):
-        with pytest.raises(ValueError, match=r"actions=.* will not do"):
+    wrong_shapes = (th.zeros(2, 1), th.zeros(1, 2), th.zeros(1))
+    for actions in (th.full((1, 1), 1.5), th.full((1, 1), NAN), np.zeros((1, 1), np.float32), *wrong_shapes):
+        with pytest.raises(ValueError, match=r"actions=[\s\S]* will not do"):
             policy.log_prob(obs, actions)
 
 
@@ -165,6 +180,17 @@ def test_bad_numbers_of_the_environment_stop_training(make_model, what, value):
     assert np.isfinite(model.replay_buffer.rewards).all()
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_bad_observation_at_prediction(make_model, deterministic):
+    with pytest.raises(ValueError, match=r"observation=\[nan nan nan\] is not finite"):
+        make_model().predict(np.full(3, NAN, np.float32), deterministic=deterministic)
+
+
+def test_no_environment():
+    with pytest.raises(ValueError, match="env=None"):
+        DQS("MlpPolicy", None)
+
+
 def test_bad_first_observation(make_model):
     with pytest.raises(ValueError, match="the first observation is not finite at step 0"):
         make_model(env=SpoiltEnv("observation", NAN, at_reset=True)).learn(5)
@@ -198,3 +224,12 @@ def test_check_arguments_raises_nothing_but_value_errors(arguments):
 def test_check_policy_knows_the_arguments_of_parents():
     check_policy(CnnPolicy, {"net_arch": [4], "n_critics": 1, "features_extractor_class": None}, OBS)
     check_policy(MlpPolicy, {"use_sde": True}, OBS)
+
+    class Mixin:
+        """Without a constructor."""
+
+    class MixedPolicy(Mixin, MlpPolicy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    check_policy(MixedPolicy, {"net_arch": [4], "use_sde": True}, OBS)

@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
 from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -236,3 +236,21 @@ def test_export_of_the_deterministic_path():
     session = onnxruntime.InferenceSession(buffer.getvalue())
     (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
     np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)
+
+
+def test_density_and_entropy_are_those_of_evaluation_mode(make_model):
+    class Extractor(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.norm = nn.BatchNorm1d(self.features_dim)
+
+        def forward(self, observations):
+            return self.norm(super().forward(observations))
+
+    policy = make_model(policy_kwargs={"features_extractor_class": Extractor}).learn(30).policy
+    policy.set_training_mode(True)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.log_prob(th.zeros(1, 3), th.zeros(1, 1))
+    policy.set_training_mode(True)
+    policy.entropy(th.zeros(1, 3))
+    assert all(th.equal(value, before[name]) for name, value in policy.state_dict().items())

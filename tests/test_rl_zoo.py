@@ -1,10 +1,12 @@
 """The hook into RL Zoo, and the names of RL Zoo that it touches: an upstream change fails here and says why."""
 
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
 import warnings
+import zipfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def hook(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "RegisteringFinder"])
     monkeypatch.syspath_prepend(HOOK)
     monkeypatch.delitem(sys.modules, "sb3_dqs_rl_zoo3", raising=False)
+    monkeypatch.delenv("SB3_DQS_NO_RL_ZOO", raising=False)
     return importlib.import_module("sb3_dqs_rl_zoo3")
 
 
@@ -150,6 +153,53 @@ def test_broken_registration_warns_once_and_breaks_nothing(hook, recorder):
     assert recorder.names == ["rl_zoo3.utils", "rl_zoo3.exp_manager"]
 
 
+class ReadOnlyLoader(SourceFileLoader):
+    """Its exec_module cannot be replaced."""
+
+    def __setattr__(self, name, value):
+        if name == "exec_module":
+            raise AttributeError("read-only")
+        super().__setattr__(name, value)
+
+
+def test_loader_that_cannot_be_wrapped_warns_and_breaks_nothing(hook, recorder):
+    (path,) = importlib.util.find_spec("rl_zoo3").submodule_search_locations
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path_=None, target=None):
+            if name == "rl_zoo3.utils":
+                file = f"{path}/utils.py"
+                return importlib.util.spec_from_file_location(name, file, loader=ReadOnlyLoader(name, file))
+            return None
+
+    hook.install()
+    sys.meta_path.insert(1, Finder)
+    with pytest.warns(RuntimeWarning, match="read-only"):
+        assert importlib.import_module("rl_zoo3.utils").__name__ == "rl_zoo3.utils"
+
+
+def test_one_loader_of_several_modules_registers_each_once(hook, recorder, tmp_path, monkeypatch):
+    archive = tmp_path / "zoo.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("__init__", "utils", "hyperparams_opt", "exp_manager"):
+            file.writestr(f"rl_zoo3/{name}.py", "")
+    monkeypatch.syspath_prepend(archive)
+    hook.install()
+    for _ in range(3):
+        importlib.util.find_spec("rl_zoo3.utils")
+    for name in ("utils", "hyperparams_opt", "exp_manager"):
+        importlib.import_module(f"rl_zoo3.{name}")
+    assert recorder.names == ["rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"]
+
+
+def test_module_that_is_still_running_is_left_alone(hook, recorder):
+    module = importlib.import_module("rl_zoo3.utils")
+    module.__spec__._initializing = True
+    hook.install()
+    assert recorder.names == []
+
+
 class DelegatingFinder:
     """Asks the whole of sys.meta_path, as other hooks do."""
 
@@ -257,9 +307,10 @@ def test_entries_are_complete():
 
 def test_paper_setting():
     assert set(paper_hyperparams) == set(ENTRIES)
-    paper = {"score_target": "energy_gradient", "n_mc_samples": 1000, "backup": "hard", "ent_coef": "log_linear_1.0_0.01"}
-    for env_id, entry in paper_hyperparams.items():
-        assert entry == ENTRIES[env_id] | paper
+    for entry in paper_hyperparams.values():
+        assert (entry["score_target"], entry["n_mc_samples"], entry["backup"]) == ("energy_gradient", 1000, "hard")
+        assert entry["ent_coef"].startswith("log_linear") and not entry["use_sde"]
+    assert paper_hyperparams["Swimmer-v5"]["gamma"] == ENTRIES["Swimmer-v5"]["gamma"]
 
 
 # --- search space

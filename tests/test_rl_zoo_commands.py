@@ -3,6 +3,7 @@ The commands of RL Zoo as a user types them, in an environment that holds the wh
 tree nor an editable installation is on the path. Its other packages are those of the environment that runs the tests.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -19,7 +21,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PURELIB = sysconfig.get_path("purelib")
+BORROWED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+PIP_INSTALL = ["-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
+TIMEOUT = 600  # seconds, against a command that hangs
 # Small enough for a test, by the Zoo's own switches
 SHORT = ["-n", "130", "--eval-freq", "-1", "--num-threads", "1", "--hyperparams", "learning_starts:120", "batch_size:16"]
 SHORT_PENDULUM = ["--env", "ShortPendulum-v0", "--gym-packages", "zoo_envs"]
@@ -35,13 +39,14 @@ class Environment:
     def run(self, *arguments: object, cwd: Path, **variables: str) -> str:
         """Run Python, print what it prints, and return it; a failing command fails the test."""
         with self.start(*arguments, cwd=cwd, **variables) as process:
-            output, _ = process.communicate()
+            output, _ = process.communicate(timeout=TIMEOUT)
         print(output)
         assert process.returncode == 0, output
         return output
 
     def start(self, *arguments: object, cwd: Path, **variables: str) -> subprocess.Popen:
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST", "PYTHON"))}
+        dropped = ("COV_", "PYTEST", "PYTHON", "SB3_DQS_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         env |= {"PYTHONPATH": str(ROOT / "tests"), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}
         return subprocess.Popen(
             [str(self.bin / "python"), *map(str, arguments)],
@@ -56,34 +61,40 @@ class Environment:
 def make_environment(folder: Path) -> Environment:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (purelib,) = folder.glob("lib/python*/site-packages") if os.name != "nt" else [folder / "Lib" / "site-packages"]
-    # A plain line: the start-up files of that folder, and so its copy of this package's, are not run
-    (purelib / "borrowed.pth").write_text(f"{PURELIB}\n")
+    # Plain lines: the start-up files of those folders, and so their copy of this package's, are not run
+    (purelib / "borrowed.pth").write_text("\n".join(BORROWED))
     return Environment(folder)
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory, worker_id):
+def shared_folder(tmp_path_factory):
     """A folder of this run of the tests, the same for all its processes."""
     folder = tmp_path_factory.getbasetemp()
-    return folder if worker_id == "master" else folder.parent
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextlib.contextmanager
+def made_once(folder: Path) -> Iterator[Path | None]:
+    """
+    The folder to make, for the first of the processes that run the tests; None for the others, who wait for the first.
+    A folder whose making failed is made again.
+    """
+    done = folder.with_suffix(".done")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if done.exists():
+            yield None
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            yield folder
+            done.touch()
 
 
 @pytest.fixture(scope="session")
 def wheel(shared_folder):
-    with filelock.FileLock(shared_folder / "wheel.lock"):
-        if not (shared_folder / "wheel").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "wheel",
-                "--quiet",
-                "--no-deps",
-                "--wheel-dir",
-                shared_folder / "wheel",
-                ROOT,
-            ]
-            subprocess.run(command, check=True)
+    with made_once(shared_folder / "wheel") as folder:
+        if folder is not None:
+            build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+            subprocess.run([sys.executable, *build], check=True)
     (path,) = (shared_folder / "wheel").glob("*.whl")
     return path
 
@@ -91,26 +102,23 @@ def wheel(shared_folder):
 @pytest.fixture(scope="session")
 def zoo(shared_folder, wheel):
     """Environment with the wheel."""
-    folder = shared_folder / "zoo"
-    with filelock.FileLock(shared_folder / "zoo.lock"):
-        if not folder.exists():
-            environment = make_environment(folder)
-            environment.run("-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=shared_folder)
-    return Environment(folder)
+    with made_once(shared_folder / "zoo") as folder:
+        if folder is not None:
+            make_environment(folder).run(*PIP_INSTALL, wheel, cwd=shared_folder)
+    return Environment(shared_folder / "zoo")
 
 
 @pytest.fixture(scope="session")
 def trained(shared_folder, zoo):
     """Folder in which the main command has been run."""
-    folder = shared_folder / "trained"
-    with filelock.FileLock(shared_folder / "trained.lock"):
-        if not folder.exists():
+    with made_once(shared_folder / "trained") as folder:
+        if folder is not None:
             folder.mkdir()
             main = ["-m", "rl_zoo3.train", "--algo", "dqs", "--env", "Pendulum-v1", "-n", 200, "--eval-freq", 80]
             options = ["--eval-episodes", 2, "--tensorboard-log", "tb", "-P", "--num-threads", 1, "--save-replay-buffer"]
             output = zoo.run(*main, *options, cwd=folder)
             (folder / "output.txt").write_text(output)
-    return folder
+    return shared_folder / "trained"
 
 
 RUN = Path("logs/dqs/Pendulum-v1_1")
@@ -160,7 +168,8 @@ def test_script_and_continued_training(trained, zoo, tmp_path):
 
 
 def test_load_from_hub_knows_dqs(zoo, tmp_path):
-    assert "dqs" in zoo.run("-m", "rl_zoo3.load_from_hub", "--help", cwd=tmp_path)
+    output = zoo.run("-m", "rl_zoo3.load_from_hub", "--help", cwd=tmp_path)
+    assert "dqs" in output.split("{")[1].split("}")[0].split(",") and "RuntimeWarning" not in output
 
 
 def test_plots(trained, zoo, tmp_path):
@@ -244,7 +253,7 @@ def test_two_processes_search_in_one_study(zoo, tmp_path, postgresql):
     zoo.run("-c", optuna_script, "create-study", *study, "--direction", "maximize", cwd=tmp_path)
     command = ["-m", "rl_zoo3.train", "--algo", "dqs", *SHORT_PENDULUM, *SHORT, *study, *OPTIMIZE, "--n-trials", "2"]
     workers = [zoo.start(*command, "--log-folder", f"worker_{i}", cwd=tmp_path) for i in range(2)]
-    outputs = [worker.communicate()[0] for worker in workers]
+    outputs = [worker.communicate(timeout=TIMEOUT)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     trials = optuna.load_study(study_name="dqs", storage=postgresql).trials
     assert len(trials) == 4
@@ -278,7 +287,7 @@ def test_uninstall_leaves_nothing(wheel, tmp_path):
         return {path for path in paths if path.is_file() and not {"pip", "__pycache__"} & set(path.parts)}
 
     before = files()
-    environment.run("-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    environment.run(*PIP_INSTALL, wheel, cwd=tmp_path)
     environment.run("-c", "import sb3_dqs", cwd=tmp_path)
     assert len(files()) > len(before)
     environment.run("-m", "pip", "uninstall", "--quiet", "--yes", "sb3-dqs", cwd=tmp_path)
@@ -286,20 +295,17 @@ def test_uninstall_leaves_nothing(wheel, tmp_path):
     assert not list(environment.folder.rglob("sb3_dqs*"))
 
 
-def test_sdist_and_editable_installation_register_dqs(shared_folder, tmp_path):
+def test_sdist_and_editable_installation_register_dqs(tmp_path):
     code = "from rl_zoo3.utils import ALGOS; from sb3_dqs.rl_zoo import get_hyperparams_path as path; "
     code += "print(ALGOS['dqs'].__module__, path().exists())"
     environment = make_environment(tmp_path / "environment")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "hatch", "hatchling"], check=True
-    )
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "results", "logs"))
-    build = f"import sys; sys.path.insert(0, {str(tmp_path / 'hatch')!r}); import os; os.chdir({str(source)!r}); "
-    build += f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", build], check=True)
+    ignored = shutil.ignore_patterns(".*", "results", "logs", "venv", "build", "dist", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True)
     for target in (next(tmp_path.glob("*.tar.gz")), source):
         editable = [] if target.suffix == ".gz" else ["--editable"]
-        environment.run("-m", "pip", "install", "--quiet", "--no-deps", *editable, target, cwd=tmp_path)
+        environment.run(*PIP_INSTALL, "--no-build-isolation", *editable, target, cwd=tmp_path)
         assert environment.run("-c", code, cwd=tmp_path).split()[-2:] == ["sb3_dqs.dqs", "True"]
         environment.run("-m", "pip", "uninstall", "--quiet", "--yes", "sb3-dqs", cwd=tmp_path)

@@ -32,6 +32,18 @@ def test_save_and_load(make_model, tmp_path, ent_coef):
     loaded.learn(60, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize("saved", ["auto", 0.1, "log_linear_1.0_0.1"])
+@pytest.mark.parametrize("loaded", ["auto_0.2", 0.2, "log_linear_0.2_0.1"])
+def test_load_with_another_ent_coef(make_model, tmp_path, saved, loaded):
+    first = make_model(ent_coef=saved).learn(40)
+    first.save(tmp_path / "model")
+    second = DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"), ent_coef=loaded)
+    assert equal_parameters(first.policy.state_dict(), second.policy.state_dict())
+    resumed = saved == "auto" and loaded == "auto_0.2"
+    assert float(second.temperature(1.0)) == pytest.approx(float(first.temperature(1.0)) if resumed else 0.2)
+    second.learn(40, reset_num_timesteps=False)
+
+
 def test_get_parameters_begins_with_the_policy(make_model):
     names = list(make_model().get_parameters())
     assert names == ["policy", "actor.optimizer", "critic.optimizer", "temperature", "temperature.optimizer"]

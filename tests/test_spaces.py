@@ -3,12 +3,13 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from sb3_dqs import DQS
+from sb3_dqs import DQS, MlpPolicy
 
 
 class RandomEnv(gym.Env):
@@ -85,3 +86,17 @@ def test_any_box_of_actions(action_space):
     """Any shape, asymmetric bounds, either precision: actions stay inside, and the buffer holds them scaled."""
     model = learn_and_predict(OBSERVATION_SPACES["box"], action_space)
     assert np.abs(model.replay_buffer.actions[: model.replay_buffer.size()]).max() <= 1 + 1e-5
+
+
+def test_saturated_actions_stay_in_the_action_space():
+    """-1.7 + 0.5 * 2 * 2.3 rounds to more than 0.6 in float32."""
+    space = spaces.Box(-1.7, 0.6, (3,), np.float32)
+    obs_space = spaces.Box(-1, 1, (2,), np.float32)
+    policy = MlpPolicy(obs_space, space, lambda _: 1e-3, net_arch=[8])
+    scaled = np.array([[1, -1, 1], [-1, 1, -1]], np.float32)
+    for action in policy.unscale_action(scaled):
+        assert space.contains(action)
+    with th.no_grad():
+        policy.actor.denoiser[-1].bias.fill_(100.0)  # an actor that always answers the bound
+    actions, _ = policy.predict(np.zeros((4, 2), np.float32))
+    assert all(space.contains(action) for action in actions) and (actions == space.high).all()

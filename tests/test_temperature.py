@@ -45,3 +45,10 @@ def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
 def test_errors_name_the_value_and_the_choices(ent_coef):
     with pytest.raises(ValueError, match=r'ent_coef=.* is not a temperature: pass "auto"'):
         make_temperature(ent_coef, 1e-3, "cpu")
+
+
+def test_schedules_end_where_they_say():
+    """SB3's remaining progress is negative when the last rollout overshoots."""
+    temperature = make_temperature("log_linear_1.0_0.01", 3e-4, "cpu")
+    assert temperature(-0.5) == temperature(0.0) == pytest.approx(0.01)
+    assert make_temperature(lambda progress: 0.1 * progress + 0.005, 3e-4, "cpu")(-0.6) == pytest.approx(0.005)
