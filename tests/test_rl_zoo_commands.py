@@ -4,6 +4,7 @@ tree nor an editable installation is on the path. Its other packages are those o
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -309,3 +310,18 @@ def test_sdist_and_editable_installation_register_dqs(tmp_path):
         environment.run(*PIP_INSTALL, "--no-build-isolation", *editable, target, cwd=tmp_path)
         assert environment.run("-c", code, cwd=tmp_path).split()[-2:] == ["sb3_dqs.dqs", "True"]
         environment.run("-m", "pip", "uninstall", "--quiet", "--yes", "sb3-dqs", cwd=tmp_path)
+
+
+def test_clone_of_the_zoo(zoo, tmp_path):
+    """A clone keeps its hyperparameters beside the package, and is run from its folder."""
+    package = Path(importlib.util.find_spec("rl_zoo3").submodule_search_locations[0])
+    shutil.copytree(package, tmp_path / "rl_zoo3", ignore=shutil.ignore_patterns("hyperparams", "__pycache__"))
+    shutil.copytree(package / "hyperparams", tmp_path / "hyperparams")
+    (tmp_path / "train.py").write_text("from rl_zoo3.train import train\n\ntrain()\n")
+    command = ["train.py", "--algo", "dqs", *SHORT_PENDULUM, *SHORT]
+    output = zoo.run(*command, cwd=tmp_path)
+    assert f"Loading hyperparameters from: {zoo.folder}" in output
+    # A dqs.yml of the clone's own comes first
+    shutil.copy(ROOT / "hyperparams" / "dqs.yml", tmp_path / "hyperparams" / "dqs.yml")
+    output = zoo.run(*command, cwd=tmp_path)
+    assert f"Loading hyperparameters from: {tmp_path / 'hyperparams' / 'dqs.yml'}" in output
