@@ -16,6 +16,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade pip  # that of Python 3.10 does not find versions that go together
 	if command -v nvidia-smi > /dev/null; then $(BIN)/pip install "$(TORCH)"; \
 	else $(BIN)/pip install "$(TORCH)+cpu" || $(BIN)/pip install "$(TORCH)"; fi
 	$(BIN)/pip install -e ".[mujoco,tests]"
