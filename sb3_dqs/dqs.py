@@ -145,8 +145,8 @@ class DQS(OffPolicyAlgorithm):
         backup: str = "soft",
     ):
         check_arguments(locals())
-        if (policy_kwargs or {}).get("diffusion_steps", diffusion_steps) != diffusion_steps:
-            wanted = (policy_kwargs or {})["diffusion_steps"]
+        wanted = (policy_kwargs or {}).get("diffusion_steps", diffusion_steps)
+        if wanted != diffusion_steps:
             raise ValueError(
                 f"policy_kwargs: diffusion_steps={wanted!r} is an argument of DQS: DQS(..., diffusion_steps={wanted!r})."
             )

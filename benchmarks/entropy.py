@@ -1,0 +1,57 @@
+"""
+Is the entropy that the policy reports that of its actions?
+
+    python benchmarks/entropy.py Hopper-v5 benchmarks/results/returns/DQS_Hopper-v5_20000_0.zip
+
+Runs the saved model (of ``returns.py``), and at 20 of its states compares ``policy.entropy`` with the nearest-neighbour
+estimate from 2,000 actions (Kozachenko and Leonenko 1987; here the third neighbour), in nats. Takes seconds.
+"""
+
+import argparse
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from scipy.spatial import cKDTree
+from scipy.special import digamma, gammaln
+
+from sb3_dqs import DQS
+
+N_ACTIONS, N_STATES, NEIGHBOUR = 2000, 20, 3
+
+
+def nearest_neighbour_entropy(samples: np.ndarray, rng: np.random.Generator) -> float:
+    """Differential entropy of the distribution of the samples, shape (n_samples, dim)."""
+    n_samples, dim = samples.shape
+    samples = samples + 1e-4 * rng.standard_normal(samples.shape)  # actions at the bounds are equal
+    distances = cKDTree(samples).query(samples, NEIGHBOUR + 1)[0][:, NEIGHBOUR]
+    log_ball = dim / 2 * np.log(np.pi) - gammaln(dim / 2 + 1)
+    return float(dim * np.log(distances).mean() + digamma(n_samples) - digamma(NEIGHBOUR) + log_ball)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env")
+    parser.add_argument("model")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    th.manual_seed(0)
+
+    model, env, rng = DQS.load(args.model, device="cpu", buffer_size=1), gym.make(args.env), np.random.default_rng(0)
+    observations, (obs, _) = [], env.reset(seed=0)
+    for step in range(20 * N_STATES):
+        if step % 20 == 0:
+            observations.append(obs)
+        action, _ = model.predict(obs)
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            obs, _ = env.reset()
+    states = th.as_tensor(np.array(observations), dtype=th.float32)
+    with th.no_grad():
+        actions = [model.policy(state.expand(N_ACTIONS, -1)).numpy() for state in states]
+    neighbours = np.mean([nearest_neighbour_entropy(samples, rng) for samples in actions])
+    print(f"{args.env}: policy.entropy {model.policy.entropy(states).mean():.1f}, nearest neighbours {neighbours:.1f}")
+
+
+if __name__ == "__main__":
+    main()
