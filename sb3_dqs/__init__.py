@@ -4,12 +4,23 @@ import contextlib
 from pathlib import Path
 
 import sb3_dqs.multigoal  # noqa: F401  # registers the environment
+from sb3_dqs.diagnostics import Diagnosis, DiagnosticCallback, diagnose, plot_policy
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 __version__ = Path(__file__).with_name("version.txt").read_text(encoding="utf-8").strip()
 
-__all__ = ["DQS", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]
+__all__ = [
+    "DQS",
+    "CnnPolicy",
+    "Diagnosis",
+    "DiagnosticCallback",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "__version__",
+    "diagnose",
+    "plot_policy",
+]
 
 # For installations whose start-up files do not run (``pip install --target``); absent in a bare source tree
 with contextlib.suppress(ModuleNotFoundError):
