@@ -40,7 +40,7 @@ N_DIRECTIONS = 16
 # around some of the policy's actions, and the uniform distribution; equal shares
 KERNEL_WIDTHS = (1.0, 1 / 4, 1 / 16)
 N_COMPONENTS = len(KERNEL_WIDTHS) + 1
-N_CENTERS = 256
+N_CENTERS = 128
 N_CANDIDATES = 4096
 # Actions per state for the entropy of the policy
 N_ENTROPY_ACTIONS = 64
@@ -89,7 +89,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         distance = "" if self.distance is None else f"distance {self.distance:.2f}, "
-        return f"{distance}ess {self.ess:.2f}, entropy gap {self.entropy_gap:+.2f} nats ({len(self.ess_shares)} states)"
+        return f"{distance}ess {self.ess:.2g}, entropy gap {self.entropy_gap:+.2f} nats ({len(self.ess_shares)} states)"
 
 
 def diagnose(model: DQS, observations: np.ndarray | dict[str, np.ndarray], n_actions: int = 256) -> Diagnosis:
@@ -97,17 +97,19 @@ def diagnose(model: DQS, observations: np.ndarray | dict[str, np.ndarray], n_act
     Compare the policy's actions with ``exp(Q / ent_coef) / Z``, state by state.
 
     With one or two action dimensions a grid gives exact draws and the exact entropy, and ``distance`` is a test: about 1
-    if the policy is that distribution (a single state scatters by some tenths), above 1 if not, and for the same policy
-    it grows like the square root of ``n_actions``.
+    if the policy is that distribution (at a single state, give or take 0.3), above 1 if not; for one and the same wrong
+    policy it grows like the square root of ``n_actions``.
 
     With more dimensions the entropy comes from self-normalised importance sampling (Owen 2013, "Monte Carlo theory,
     methods and examples", chapter 9), as does ``ess`` in any dimension. A quarter of the candidates is uniform on the box,
     the others come from truncated normals of three widths around the policy's own actions, all weighted by
-    ``exp(Q / ent_coef) / q`` with the density q of the mixture. An exact policy has an ``ess`` of about 0.3 to 0.9 in one or
-    two dimensions, and less in more; compare it between stages of one task, not between tasks. Where it is small
-    (below 1 % or so, forty candidates), do not trust the entropy: narrow modes far from the policy's
-    actions are not found, so that the entropy of ``exp(Q / ent_coef)`` is too low and the gap too high. The entropy of
-    the policy is that of ``policy.entropy``, with its errors.
+    ``exp(Q / ent_coef) / q`` with the density q of the mixture. For an exact policy ``ess`` is 0.3 to 1 in one or two
+    dimensions, depending on the shape of the distribution, and for a smooth peak 0.5 in 3, 0.15 in 6 and 0.02 in 17:
+    compare it between stages of one task, not between tasks. Where it is small, the entropy is not to be trusted: it
+    scatters (for that peak, by 0.04 nats in 6 dimensions and 0.6 in 17), and narrow modes far from the policy's actions
+    are not found, so that the entropy of ``exp(Q / ent_coef)`` tends to be too low and the gap too high. Below 0.01 (forty
+    effective candidates) read the gap as a sign, not as a number. The entropy of the policy is that of
+    ``policy.entropy``, with its errors.
 
     Draws from torch's global random stream. The training mode of the policy stays as it was.
 
@@ -150,10 +152,7 @@ def plot_policy(
     obs = _to_tensor(model, "observation", observation)
     if _length(obs) != 1:
         raise ValueError(f"observation: {_length(obs)} of them will not do: pass one, observations[0] for instance.")
-    action_dim = model.actor.action_dim
-    is_pair = len(set(dims)) == len(dims) == 2 and all(_is_int(dim, 0) and dim < action_dim for dim in dims)
-    if action_dim > 1 and not is_pair:
-        raise ValueError(f"dims={dims!r} will not do: pass two different ones of the action dimensions 0 to {action_dim - 1}.")
+    _check_dims(dims, model.actor.action_dim)
     return _plot(model, obs, dims, n_actions)
 
 
@@ -174,7 +173,7 @@ class DiagnosticCallback(BaseCallback):
     :param dims: the action dimensions of the figure
     :param verbose: Verbosity level: 0 for no output, 1 for a line per diagnosis
     :raises ValueError: if ``eval_freq``, ``n_states`` or ``n_actions`` is not a large enough integer; when training begins,
-        if the model is none of DQS
+        if the model is none of DQS or has no such ``dims``
     """
 
     def __init__(
@@ -198,6 +197,7 @@ class DiagnosticCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         _check_model(self.model)
+        _check_dims(self.dims, self._dqs.actor.action_dim)
 
     def _on_training_start(self) -> None:
         # Whoever has made a gradient step since then has a replay buffer to draw from
@@ -440,12 +440,14 @@ def _draw_curve(ax: "Axes", actions: th.Tensor, log_density: LogDensity) -> None
     midpoints, log_probs = grid_probabilities(log_density, actions)
     density = log_probs.exp() * GRID_CELLS[1] / 2
     bins = np.linspace(-1, 1, 61).tolist()
-    ax.hist(actions.flatten().cpu().numpy(), bins, density=True, color="tab:blue", alpha=0.5, label="policy's actions")
+    ax.hist(actions.flatten().cpu().numpy(), bins, density=True, color="tab:orange", alpha=0.6, label="policy's actions")
     ax.plot(midpoints.flatten().cpu().numpy(), density.cpu().numpy(), color="black", label="exp(Q / ent_coef) / Z")
     ax.set(xlabel="action, scaled to [-1, 1]", ylabel="density", ylim=(0, None))
 
 
 def _draw_map(ax: "Axes", actions: th.Tensor, log_density: LogDensity, dims: tuple[int, int]) -> None:
+    from matplotlib.colors import PowerNorm
+
     if actions.shape[1] == 2:
         _, log_probs = grid_probabilities(log_density, actions)
         probabilities = log_probs.exp().reshape(GRID_CELLS[2], GRID_CELLS[2]).permute(dims).cpu().numpy()
@@ -457,11 +459,19 @@ def _draw_map(ax: "Axes", actions: th.Tensor, log_density: LogDensity, dims: tup
         probabilities, *_ = np.histogram2d(first, second, PLOT_BINS, [(-1, 1), (-1, 1)], weights=weights)
         ax.set_title(f"ess {float(effective_sample_size(log_weights.unsqueeze(0))) / n_candidates:.2g}, ")
     density = probabilities * probabilities.size / 4
-    image = ax.imshow(density.T, origin="lower", extent=(-1, 1, -1, 1), cmap="Greys", vmin=0, interpolation="bilinear")
+    norm = PowerNorm(0.5, vmin=0)  # so that weak modes are seen
+    image = ax.imshow(density.T, origin="lower", extent=(-1, 1, -1, 1), cmap="Greys", norm=norm, interpolation="bilinear")
     ax.figure.colorbar(image, ax=ax, label="density of exp(Q / ent_coef) / Z")
     points = actions[:, list(dims)].cpu().numpy()
-    ax.plot(*points.T, ".", markersize=2.5, color="tab:blue", label="policy's actions")
-    ax.set(xlabel=f"action dimension {dims[0]}, scaled", ylabel=f"action dimension {dims[1]}, scaled", ylim=(-1, 1))
+    ax.plot(*points.T, ".", markersize=2, color="tab:orange", label="policy's actions")
+    ticks = [-1, -0.5, 0, 0.5, 1]
+    ax.set(
+        xticks=ticks,
+        yticks=ticks,
+        xlabel=f"action dimension {dims[0]}, scaled",
+        ylabel=f"action dimension {dims[1]}, scaled",
+        ylim=(-1, 1),
+    )
 
 
 # State that is put back
@@ -517,6 +527,12 @@ def _is_int(value: Any, low: int) -> bool:
 def _check_int(name: str, value: Any, low: int) -> None:
     if not _is_int(value, low):
         raise ValueError(f"{name}={value!r} will not do: it must be an integer >= {low}.")
+
+
+def _check_dims(dims: Any, action_dim: int) -> None:
+    is_pair = isinstance(dims, tuple | list) and len(dims) == 2 and dims[0] != dims[1]
+    if action_dim > 1 and not (is_pair and all(_is_int(dim, 0) and dim < action_dim for dim in dims)):
+        raise ValueError(f"dims={dims!r} will not do: pass two different ones of the action dimensions 0 to {action_dim - 1}.")
 
 
 def _check_model(model: Any) -> None:

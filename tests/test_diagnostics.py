@@ -103,11 +103,11 @@ def make_stub(make_model, monkeypatch):
     return make
 
 
-OBS = np.zeros((12, 3), np.float32)
+OBS = np.zeros((8, 3), np.float32)
 
 
 class TestDiagnose:
-    # Standard deviation of the distance of one state: about 0.4 in one dimension, 0.3 in two; of the mean over 12: 0.12
+    # Standard deviation of the distance of one state: up to 0.35; of the mean over 8: 0.12
     @pytest.mark.parametrize("dim", [1, 2])
     @pytest.mark.parametrize(
         ("energy", "sample", "entropy"),
@@ -118,11 +118,11 @@ class TestDiagnose:
     )
     def test_of_the_exact_policy(self, make_stub, dim, energy, sample, entropy):
         result = diagnose(make_stub(dim, energy, sample, entropy(dim)), OBS)
-        assert result.distance == pytest.approx(1, abs=0.4)
+        assert result.distance == pytest.approx(1, abs=0.5)
         assert result.entropy_gap == pytest.approx(0, abs=1e-3)
         assert 0.3 < result.ess < 1
         for values in (result.distances, result.ess_shares, result.policy_entropies, result.entropy_gaps):
-            assert values.shape == (12,)
+            assert values.shape == (8,)
 
     def test_of_the_exact_policy_in_six_dimensions(self, make_stub):
         result = diagnose(make_stub(6, exponential_energy, exponential, 6 * EXPONENTIAL_ENTROPY), OBS)
@@ -271,8 +271,8 @@ def test_callback_without_figure_and_in_three_dimensions(make_model, tmp_path):
     model.learn(40, callback=DiagnosticCallback(40, n_states=1, n_actions=8, dims=(2, 0)))
     header = (Path(tmp_path) / "progress.csv").read_text().splitlines()[0]
     assert "diagnostics/ess" in header and "diagnostics/distance" not in header and "diagnostics/policy" not in header
-    recorded = []
-    model.logger.record = lambda name, *args, **kwargs: recorded.append(name)
+    recorded, record = [], model.logger.record
+    model.logger.record = lambda name, *args, **kwargs: (recorded.append(name), record(name, *args, **kwargs))
     model.learn(40, callback=DiagnosticCallback(40, n_states=1, n_actions=8, log_figure=False))
     assert "diagnostics/ess" in recorded and "diagnostics/policy" not in recorded
 
@@ -355,10 +355,12 @@ def test_errors_of_models_dictionaries_plots_and_callbacks(make_model):
             diagnose(model, wrong)
 
     model = make_model(env=ToyEnv(2))
-    for dims in ((0, 2), (0, 0), (0,), (-1, 0), (0.0, 1)):
-        with pytest.raises(ValueError, match="dims=.*action dimensions 0 to 1"):
+    for dims in ((0, 2), (0, 0), (0,), (-1, 0), (0.0, 1), 0):
+        with pytest.raises(ValueError, match=r"dims=.*action dimensions 0 to 1"):
             plot_policy(model, OBS[0], dims)
-    with pytest.raises(ValueError, match=r"observation: 12 of them.*observations\[0\]"):
+    with pytest.raises(ValueError, match=r"dims=.*action dimensions 0 to 1"):
+        model.learn(10, callback=DiagnosticCallback(5, dims=(0, 2)))
+    with pytest.raises(ValueError, match=r"observation: 8 of them.*observations\[0\]"):
         plot_policy(model, OBS)
     with pytest.raises(ValueError, match="n_actions=0"):
         plot_policy(model, OBS[0], n_actions=0)
