@@ -1,9 +1,9 @@
 """
 Estimators of the denoiser's regression target under the Boltzmann distribution of the critic,
-``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)`` on the box [-1, 1]^d: the posterior mean ``E[a | x]`` of an action
-given its noisy copy ``x = a + sigma * eps``, that is the mean of ``p(a|x) ~ exp(Q(s, a)/ent_coef) N(a; x, sigma^2)``.
+``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)`` on the box [-1, 1]^d: the posterior mean ``E[u | x]`` of an unsquashed action
+u (``a = tanh(u)``) given its noisy copy ``x = u + sigma * eps``, that is the mean of ``p(u|x) ~ pi(u|s) N(u; x, sigma^2)``.
 
-Pure functions of tensors: the critic comes in as ``log_density(actions) = Q(s, actions) / ent_coef``,
+Pure functions of tensors: the critic comes in as ``log_density(u) = Q(s, tanh(u)) / ent_coef + log det d tanh(u)/du``,
 from (n_states, n_actions, action_dim) to (n_states, n_actions).
 """
 
@@ -12,43 +12,19 @@ from collections.abc import Callable
 
 import torch as th
 
+from sb3_dqs.diffusion import MAX_UNSQUASHED
+
 LogDensity = Callable[[th.Tensor], th.Tensor]
 
-# Share of the states whose proposals are as wide as the noise
-WIDE_FRACTION = 0.5
-
-
-def sample_truncated_normal(mean: th.Tensor, std: th.Tensor, uniforms: th.Tensor) -> th.Tensor:
-    """
-    Normal numbers truncated to [-1, 1], by inversion of the distribution function.
-
-    :param mean: means before truncation (they may lie outside the box)
-    :param std: standard deviations before truncation
-    :param uniforms: uniform numbers in [0, 1] of the shape of the result
-    :return: samples in [-1, 1], differentiable in ``mean`` and ``std``
-    """
-    # Mirror, so that the box lies in the lower tail, where the distribution function keeps its relative precision
-    sign = th.where(mean > 0, 1.0, -1.0)
-    center = sign * mean
-    low, high = th.special.ndtr((-1 - center) / std), th.special.ndtr((1 - center) / std)
-    quantiles = (low + uniforms * (high - low)).clamp(min=1e-30, max=1 - 1e-7)
-    return (sign * (center + std * th.special.ndtri(quantiles))).clamp(-1, 1)
-
-
-def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
-    """
-    Mean of a normal distribution truncated to [-1, 1]: ``E[a | x]`` of the uniform policy.
-
-    :param mean: means before truncation
-    :param std: standard deviations before truncation
-    :return: means after truncation
-    """
-    sign = th.where(mean > 0, 1.0, -1.0)
-    center = sign * mean
-    low, high = (-1 - center) / std, (1 - center) / std
-    log_mass = th.special.log_ndtr(high) + th.log1p(-th.exp(th.special.log_ndtr(low) - th.special.log_ndtr(high)))
-    density_gap = th.exp(-(low**2) / 2 - log_mass) - th.exp(-(high**2) / 2 - log_mass)
-    return sign * (center + std * density_gap / math.sqrt(2 * math.pi)).clamp(-1, 1)
+# Actions of the policy per state: their noisy copies share the candidates
+N_ANCHORS = 4
+# Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
+# reaches the corners of the box
+PRIOR_STD = 2.0
+# Effective sample size above which all targets come from the candidates; at half of it all come from the gradient
+ENOUGH_SAMPLES = 5.0
+# Length of the longest step, in widths of p(u|x)
+MAX_STEP = 3.0
 
 
 def posterior_mean(
@@ -61,74 +37,160 @@ def posterior_mean(
     n_samples: int,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``E[a | x]`` by iterated sampling-importance-resampling (i-SIR; Andrieu, Lee and Vihola 2018,
-    https://arxiv.org/abs/1312.6432): the mean of K candidates weighted by ``p(a|x) / q(a|x)``. One candidate is the
-    action that x was made from (the anchor). The others are drawn from q, a normal distribution truncated to the box,
-    whose centre is moved one step uphill on log p(a|x). For some states, drawn at random, it is as wide as the noise and
-    centred on x: it finds modes that the policy has lost. For the others it is centred on the denoiser's present
-    answer, and as wide as p(a|x) would be if the policy were Gaussian: it sharpens what the policy has.
+    ``E[u | x]``, for targets drawn at random by :func:`pooled_mean`, which compares the modes, or by
+    :func:`gradient_step`, which sharpens them: the more of the latter, the fewer candidates have weight. Both are right
+    at the Boltzmann distribution, so that their mixture does not move it; and the choice does not depend on the mode,
+    so that it does not move the shares.
 
-    If the anchors are distributed as pi, then the anchor is a draw from p(a|x), and the estimate is unbiased for any
-    K >= 2 and any such q: few samples slow the policy down but do not move its fixed point.
-
-    :param log_density: Q / ent_coef, differentiable
-    :param anchors: actions a drawn from the policy, shape (n_states, action_dim)
-    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, action_dim)
-    :param x: noisy actions ``a + sigma * eps``, shape (n_states, action_dim)
-    :param sigma: noise levels, shape (n_states, 1)
+    :param log_density: log-density of u up to a constant, differentiable
+    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
+    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
+    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
+    :param sigma: noise levels, shape (n_states, n_anchors, 1)
     :param policy_std: standard deviation of the policy, shape (action_dim,)
-    :param n_samples: number of candidates K, the anchor included
-    :return: target of shape (n_states, action_dim), and normalised log-weights of shape (n_states, n_samples)
+    :param n_samples: number of values of ``log_density`` per target, at least 2
+    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates, of shape
+        (n_states, n_anchors, n_anchors * n_samples)
     """
+    target, log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
+    step_share = 2 - 2 * effective_sample_size(log_weights).mean() / ENOUGH_SAMPLES
+    is_step = th.rand_like(sigma) < step_share
+    return th.where(is_step, gradient_step(log_density, anchors, denoised, x, sigma, policy_std), target), log_weights
 
-    def log_posterior(candidates: th.Tensor) -> th.Tensor:
-        return log_density(candidates) - ((candidates - x.unsqueeze(1)) / sigma.unsqueeze(1)).pow(2).sum(dim=2) / 2
 
-    wide = th.rand_like(sigma) < WIDE_FRACTION
-    width = th.where(wide, sigma, sigma * policy_std / (sigma**2 + policy_std**2).sqrt())
+def pooled_mean(
+    log_density: LogDensity, anchors: th.Tensor, x: th.Tensor, sigma: th.Tensor, n_samples: int
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    ``E[u | x]`` by iterated sampling-importance-resampling (i-SIR; Andrieu, Lee and Vihola 2018,
+    https://arxiv.org/abs/1312.6432) with one pool of candidates per state: the mean of candidates weighted by
+    ``p(u|x) / q(u)``. Every noisy copy proposes some, from a normal distribution around it that is moved one step uphill
+    on log p(u|x), and all copies of the state use them all: with noise levels that differ, some of the pool are close to
+    what the policy has and others find what it has lost. q is the mixture of these distributions (the balance heuristic
+    of Veach and Guibas 1995, https://doi.org/10.1145/218380.218498). One more candidate is the action that x was made
+    from (the anchor).
+
+    If the anchors are distributed as pi, then the anchor is a draw from p(u|x), and few samples hardly move the fixed
+    point: exactly not for candidates drawn independently from the mixture (here each component gives its share).
+
+    :param log_density: log-density of u up to a constant, differentiable
+    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
+    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
+    :param sigma: noise levels, shape (n_states, n_anchors, 1)
+    :param n_samples: number of values of ``log_density`` per target: one anchor, and the others proposed
+    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates, of shape
+        (n_states, n_anchors, n_anchors * n_samples)
+    """
+    n_states, n_anchors, action_dim = x.shape
+    # Product of the noise and of a broad prior: at high levels x itself lies far outside
+    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
+    width = sigma * shrinkage.sqrt()
     with th.enable_grad():
-        start = th.where(wide, x, denoised).clamp(-1, 1).detach().requires_grad_(True)
-        (gradient,) = th.autograd.grad(log_posterior(start.unsqueeze(1)).sum(), start)
+        start = (x * shrinkage).requires_grad_(True)
+        log_posterior = log_density(start) + log_normal(start, x, sigma)
+        (gradient,) = th.autograd.grad(log_posterior.sum(), start)
     # The step is at most one width in each dimension, however steep the energy
     center = start.detach() + width * th.tanh(width * gradient)
 
-    uniforms = th.rand(x.shape[0], n_samples - 1, x.shape[1], device=x.device)
-    proposals = sample_truncated_normal(center.unsqueeze(1), width.unsqueeze(1), uniforms)
-    candidates = th.cat([anchors.unsqueeze(1), proposals], dim=1)
-    log_proposal = -((candidates - center.unsqueeze(1)) / width.unsqueeze(1)).pow(2).sum(dim=2) / 2
-    log_weights = th.log_softmax(log_posterior(candidates) - log_proposal, dim=1)
-    return (log_weights.exp().unsqueeze(2) * candidates).sum(dim=1), log_weights
+    noise = th.randn(n_states, n_anchors, n_samples - 1, action_dim, device=x.device)
+    proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
+    candidates = th.cat([anchors, proposals.flatten(1, 2)], dim=1)
+
+    # From (n_states, 1, n_candidates, action_dim) and (n_states, n_anchors, 1, action_dim)
+    pairs = candidates.unsqueeze(1)
+    log_components = log_normal(pairs, center.unsqueeze(2), width.unsqueeze(2)) - action_dim * width.log()
+    log_proposal = th.logsumexp(log_components, dim=1)
+    log_weights = (log_density(candidates) - log_proposal).unsqueeze(1) + log_normal(pairs, x.unsqueeze(2), sigma.unsqueeze(2))
+    # Of the anchors only that of x itself is a draw from p(u|x)
+    is_foreign = ~th.eye(n_anchors, dtype=th.bool, device=x.device)
+    log_weights[:, :, :n_anchors].masked_fill_(is_foreign, -math.inf)
+    log_weights = th.log_softmax(log_weights, dim=2)
+    return log_weights.exp() @ candidates, log_weights
+
+
+def gradient_step(
+    log_density: LogDensity,
+    anchors: th.Tensor,
+    denoised: th.Tensor,
+    x: th.Tensor,
+    sigma: th.Tensor,
+    policy_std: th.Tensor,
+) -> th.Tensor:
+    """
+    The denoiser's answer D, moved along the gradient of the energy at one action of the policy: ``D + r^2 g`` with
+
+        g = grad log pi(u) + (x - D) / sigma^2 + precision * (u - D),   u ~ p(u|x) of the policy,
+
+    r being the width that p(u|x) would have for a Gaussian policy. If the policy is the Boltzmann distribution, the mean
+    of g given x is zero for any number of modes: the first two terms by Stein's identity (target score matching;
+    De Bortoli et al. 2024, https://arxiv.org/abs/2402.08667), the third because D is the mean of u, and there it serves as
+    a control variate that removes the noise of the first for a Gaussian policy.
+
+    Averaged over states that a network cannot tell apart, means of p(u|x) make a policy as broad as all of them together;
+    averaged gradients make it narrow, as in SAC.
+
+    :param log_density: log-density of u up to a constant, differentiable
+    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
+    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
+    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
+    :param sigma: noise levels, shape (n_states, n_anchors, 1)
+    :param policy_std: standard deviation of the policy, shape (action_dim,)
+    :return: targets of shape (n_states, n_anchors, action_dim)
+    """
+    width = sigma * policy_std / (sigma**2 + policy_std**2).sqrt()
+    # The policy is one Gaussian, if ever, only as seen through noise below its own width
+    precision = (sigma < policy_std) / policy_std**2
+    with th.enable_grad():
+        points = anchors.clone().requires_grad_(True)
+        (gradient,) = th.autograd.grad(log_density(points).sum(), points)
+    step = width * (gradient + (x - denoised) / sigma**2 + precision * (anchors - denoised))
+    step = step / (step.norm(dim=2, keepdim=True) / MAX_STEP).clamp(min=1)
+    return denoised + width * step
 
 
 def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``E[a | x]`` as in the paper: by Tweedie's formula from the gradient of a Monte Carlo estimate of the noised density,
-    ``x + sigma^2 * grad_x log mean_k exp(Q(s, a_k) / ent_coef)`` with ``a_k ~ N(x, sigma^2)``
+    ``E[u | x]`` as in the paper: by Tweedie's formula from the gradient of a Monte Carlo estimate of the noised density,
+    ``x + sigma^2 * grad_x log mean_k pi(u_k)`` with ``u_k ~ N(x, sigma^2)``
     (Akhound-Sadegh et al. 2024, https://arxiv.org/abs/2402.06121, equation (8); Jain et al. 2025,
-    https://arxiv.org/abs/2410.01312). Here the a_k are truncated to the box, outside which the density is zero;
-    that adds the gradient of the log of the mass that N(x, sigma^2) has in the box.
+    https://arxiv.org/abs/2410.01312). Here of unsquashed actions, with the log-determinant of the squashing, which the
+    public code of the paper leaves out.
 
-    :param log_density: Q / ent_coef, differentiable
-    :param x: noisy actions, shape (n_states, action_dim)
-    :param sigma: noise levels, shape (n_states, 1)
+    :param log_density: log-density of u up to a constant, differentiable
+    :param x: noisy actions, shape (n_states, n_anchors, action_dim)
+    :param sigma: noise levels, shape (n_states, n_anchors, 1)
     :param n_samples: number of Monte Carlo samples K
-    :return: target of shape (n_states, action_dim), and normalised log-weights of shape (n_states, n_samples)
+    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the samples, of shape
+        (n_states, n_anchors, n_samples)
     """
-    uniforms = th.rand(x.shape[0], n_samples, x.shape[1], device=x.device)
+    noise = th.randn(*x.shape[:2], n_samples, x.shape[2], device=x.device)
     with th.enable_grad():
         x = x.detach().requires_grad_(True)
-        log_weights = log_density(sample_truncated_normal(x.unsqueeze(1), sigma.unsqueeze(1), uniforms))
-        (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=1).sum(), x)
-    target = truncated_normal_mean(x.detach(), sigma) + sigma**2 * score
-    # The mean of a distribution on the box lies in the box, its noisy estimate may not
-    return target.clamp(-1, 1), th.log_softmax(log_weights.detach(), dim=1)
+        samples = x.unsqueeze(2) + sigma.unsqueeze(2) * noise
+        log_weights = log_density(samples.flatten(1, 2)).reshape(noise.shape[:3])
+        (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=2).sum(), x)
+    target = (x.detach() + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+    return target, th.log_softmax(log_weights.detach(), dim=2)
+
+
+def log_normal(u: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """
+    Log-density of a normal distribution up to its normalisation, which does not depend on u.
+
+    :param u: points, shape (..., action_dim)
+    :param mean: means, shape (..., action_dim)
+    :param std: standard deviations, shape (..., 1)
+    :return: shape (...)
+    """
+    return -((u - mean) / std).pow(2).sum(dim=-1) / 2
 
 
 def effective_sample_size(log_weights: th.Tensor) -> th.Tensor:
     """
-    ``1 / sum_k w_k^2``, from 1 (one candidate has all the weight) to n_samples (Kish 1965, "Survey Sampling").
+    ``1 / sum_k w_k^2``, from 1 (one candidate has all the weight) to the number of candidates (Kish 1965, "Survey
+    Sampling").
 
-    :param log_weights: normalised log-weights, shape (n_states, n_samples)
-    :return: shape (n_states,)
+    :param log_weights: normalised log-weights, shape (..., n_candidates)
+    :return: shape (...)
     """
-    return th.exp(-th.logsumexp(2 * log_weights, dim=1))
+    return th.exp(-th.logsumexp(2 * log_weights, dim=-1))

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_dqs.boltzmann import effective_sample_size, sample_truncated_normal
+from sb3_dqs.boltzmann import effective_sample_size
 from sb3_dqs.diffusion import SIGMA_MIN
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import DQSPolicy
@@ -328,6 +328,23 @@ def sample_proposals(centers: th.Tensor, n_samples: int) -> th.Tensor:
     means = centers[th.arange(n_each, device=centers.device) % len(centers)]
     kernels = sample_truncated_normal(means, kernel_widths(centers).unsqueeze(1), uniforms[1:])
     return th.cat([2 * uniforms[0] - 1, kernels.flatten(end_dim=1)])
+
+
+def sample_truncated_normal(mean: th.Tensor, std: th.Tensor, uniforms: th.Tensor) -> th.Tensor:
+    """
+    Normal numbers truncated to [-1, 1], by inversion of the distribution function.
+
+    :param mean: means before truncation (they may lie outside the box)
+    :param std: standard deviations before truncation
+    :param uniforms: uniform numbers in [0, 1] of the shape of the result
+    :return: samples in [-1, 1], differentiable in ``mean`` and ``std``
+    """
+    # Mirror, so that the box lies in the lower tail, where the distribution function keeps its relative precision
+    sign = th.where(mean > 0, 1.0, -1.0)
+    center = sign * mean
+    low, high = th.special.ndtr((-1 - center) / std), th.special.ndtr((1 - center) / std)
+    quantiles = (low + uniforms * (high - low)).clamp(min=1e-30, max=1 - 1e-7)
+    return (sign * (center + std * th.special.ndtri(quantiles))).clamp(-1, 1)
 
 
 def proposal_log_density(candidates: th.Tensor, centers: th.Tensor) -> th.Tensor:

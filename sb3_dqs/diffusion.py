@@ -1,8 +1,9 @@
 """
-Variance-exploding diffusion on the action box: noise levels, denoiser scalings and the reverse solver.
+Variance-exploding diffusion of unsquashed actions: noise levels, denoiser scalings and the reverse solver.
 
-Pure functions of tensors. A noisy action is ``x = a + sigma * eps`` with ``a`` in ``[-1, 1]^d``; the denoiser
-``D(x, sigma)`` estimates ``E[a | x]`` and the score is ``(D - x) / sigma^2`` (Tweedie's formula).
+Pure functions of tensors. An action of the box is ``a = tanh(u)``, as in SAC; the diffusion is that of the unsquashed
+action u, whose density has no edges. A noisy one is ``x = u + sigma * eps``; the denoiser ``D(x, sigma)`` estimates
+``E[u | x]`` and the score is ``(D - x) / sigma^2`` (Tweedie's formula).
 """
 
 import math
@@ -10,40 +11,45 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch as th
+from torch.nn import functional as F
 
-# Below SIGMA_MIN a noisy action is taken for clean; above SIGMA_MAX it is taken for pure noise. From SIGMA_MAX, where the
-# denoiser can only answer the mean, the sampler jumps to SIGMA_BROAD, where the box is still hidden in noise.
-SIGMA_MIN = 0.01
-SIGMA_BROAD = 2.0
+# Below SIGMA_MIN a noisy action is taken for clean; above SIGMA_MAX it is taken for pure noise around the mean. From
+# SIGMA_MAX, where the denoiser can only answer the mean, the sampler jumps to SIGMA_BROAD, where the modes are still
+# hidden in noise.
+SIGMA_MIN = 0.02
+SIGMA_BROAD = 4.0
 SIGMA_MAX = 20.0
-# Typical standard deviation of an action in the box (sigma_data of Karras et al. 2022)
-SIGMA_DATA = 0.5
+# Standard deviation of u = atanh(a) for a uniform action, pi / sqrt(12) = 0.91 (sigma_data of Karras et al. 2022)
+SIGMA_DATA = 0.91
+# tanh(8) differs from 1 by 2e-7: further out, single precision does not tell actions apart
+MAX_UNSQUASHED = 8.0
 
 
-def sampling_levels(n_levels: int, rho: float = 7.0) -> list[float]:
+def sampling_levels(n_levels: int) -> list[float]:
     """
     Noise levels of the reverse process, from the highest down.
 
     The first step jumps from ``SIGMA_MAX``, where the denoiser answers the mean, to ``SIGMA_BROAD``;
-    the others follow the spacing of Karras et al. (2022, https://arxiv.org/abs/2206.00364), equation (5).
+    the others are equal steps of log sigma, from there to ``SIGMA_MIN``.
 
     :param n_levels: number of levels, and of denoiser calls per action, at least 3
     :return: the levels
     """
-    low, high = SIGMA_MIN ** (1 / rho), SIGMA_BROAD ** (1 / rho)
-    return [SIGMA_MAX] + [(high + i / (n_levels - 2) * (low - high)) ** rho for i in range(n_levels - 1)]
+    ratio = SIGMA_MIN / SIGMA_BROAD
+    return [SIGMA_MAX] + [SIGMA_BROAD * ratio ** (i / (n_levels - 2)) for i in range(n_levels - 1)]
 
 
-def training_levels(n_samples: int, device: th.device | str = "cpu") -> th.Tensor:
+def training_levels(n_states: int, n_levels: int, device: th.device | str = "cpu") -> th.Tensor:
     """
-    Noise levels for the regression: log-uniform, stratified over the batch and shuffled.
+    Noise levels for the regression: log-uniform, stratified over the levels of a state and shuffled.
 
-    :param n_samples: how many levels
+    :param n_states: number of states
+    :param n_levels: number of levels per state
     :param device: where to put them
-    :return: levels from ``SIGMA_MIN`` to ``SIGMA_MAX``, shape (n_samples, 1)
+    :return: levels from ``SIGMA_MIN`` to ``SIGMA_MAX``, shape (n_states, n_levels, 1)
     """
-    quantiles = (th.randperm(n_samples, device=device) + th.rand(n_samples, device=device)) / n_samples
-    return log_uniform_levels(quantiles).unsqueeze(1)
+    strata = th.rand(n_states, n_levels, device=device).argsort(dim=1)
+    return log_uniform_levels((strata + th.rand(n_states, n_levels, device=device)) / n_levels).unsqueeze(2)
 
 
 def log_uniform_levels(quantiles: th.Tensor) -> th.Tensor:
@@ -74,21 +80,38 @@ def edm_scalings(sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.
 
 def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]) -> th.Tensor:
     """
-    Turn standard normal latents into actions along the probability-flow ODE, by DPM-Solver++(2M)
+    Turn standard normal latents into unsquashed actions along the probability-flow ODE, by DPM-Solver++(2M)
     (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2; here with alpha_t = 1, sigma_t = sigma).
 
     :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
     :param latents: standard normal numbers, shape (..., action_dim)
     :param levels: noise levels, falling
-    :return: actions in [-1, 1], of the shape of ``latents``; finite even where the denoiser is not
+    :return: unsquashed actions of the shape of ``latents``; finite even where the denoiser is not
     """
+
+    def bounded_denoise(x: th.Tensor, step: int) -> th.Tensor:
+        return th.nan_to_num(denoise(x, step)).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+
     x = levels[0] * latents
     previous_denoised, previous_log_step = latents, math.inf
     for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
-        denoised = th.nan_to_num(denoise(x, step)).clamp(-1, 1)
+        denoised = bounded_denoise(x, step)
+        if step == 0:
+            x = x + denoised  # at the highest level the noise is centred on the mean
         log_step = math.log(sigma / next_sigma)
         # Second order: extrapolate the denoised action to the middle of the step (zero weight at the first step)
         middle = denoised + (denoised - previous_denoised) * (log_step / (2 * previous_log_step))
         x = middle + (next_sigma / sigma) * (x - middle)
         previous_denoised, previous_log_step = denoised, log_step
-    return th.nan_to_num(denoise(x, len(levels) - 1)).clamp(-1, 1)
+    return bounded_denoise(x, len(levels) - 1)
+
+
+def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:
+    """
+    Log-determinant of the Jacobian of ``a = tanh(u)``, in the form that does not underflow (as SAC, appendix C of
+    Haarnoja et al. 2018, https://arxiv.org/abs/1801.01290): ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``.
+
+    :param unsquashed: u, shape (..., action_dim)
+    :return: its sum over the dimensions of the action, shape (...)
+    """
+    return 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed)).sum(dim=-1)

@@ -1,5 +1,6 @@
 """Diffusion Q-Sampling: the algorithm."""
 
+import math
 from collections import defaultdict
 from typing import Any, ClassVar, TypeVar
 
@@ -15,10 +16,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import effective_sample_size, energy_gradient, posterior_mean
+from sb3_dqs.boltzmann import N_ANCHORS, effective_sample_size, energy_gradient, posterior_mean
 from sb3_dqs.checks import check_arguments, check_finite, check_policy, make_checked_env
-from sb3_dqs.diffusion import edm_scalings, training_levels
-from sb3_dqs.entropy import entropies
+from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
 
@@ -86,8 +86,8 @@ class DQS(OffPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_mc_samples: Number of Monte Carlo samples K of the score target, that is of actions per state that the
-        critics value
+    :param n_mc_samples: Number of Monte Carlo samples K of the score target, that is of actions that the critics value per
+        target
     :param diffusion_steps: Number of steps of the reverse process, that is of denoiser calls per action
     :param score_target: What the actor regresses on: ``"posterior_mean"``
         (see :func:`sb3_dqs.boltzmann.posterior_mean`), or the paper's ``"energy_gradient"``
@@ -222,6 +222,10 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
+        # One target per transition of the batch; entropies of as many states as cost what one batch of samples costs
+        n_states = math.ceil(batch_size / N_ANCHORS)
+        n_entropies = min(n_states, math.ceil(batch_size / self.actor.action_dim))
+
         for gradient_step in range(gradient_steps):
             # Sample replay buffer
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
@@ -232,13 +236,13 @@ class DQS(OffPolicyAlgorithm):
             with th.no_grad():
                 # Select action according to policy
                 next_embedding = self.actor.embed(replay_data.next_observations)
-                next_actions = self.actor.sample(next_embedding, th.randn_like(replay_data.actions))
+                next_unsquashed = self.actor.sample_unsquashed(next_embedding, th.randn_like(replay_data.actions))
                 # Compute the next Q values: min over all critics targets
-                next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
+                next_q_values = th.cat(self.critic_target(replay_data.next_observations, th.tanh(next_unsquashed)), dim=1)
                 next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
                 if self.backup == "soft":
                     # add entropy term
-                    next_log_prob = self.actor.log_prob(next_embedding, next_actions, n_levels=N_BACKUP_LEVELS)
+                    next_log_prob = self.actor.log_prob(next_embedding, next_unsquashed, n_levels=N_BACKUP_LEVELS)
                     next_q_values = next_q_values - ent_coef * next_log_prob.reshape(-1, 1)
                 target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
@@ -251,19 +255,22 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Noise actions of the current policy, denoise them, and estimate what the denoiser should have answered:
-            # E[a | x] under exp(Q / ent_coef)
-            embedding = self.actor.embed(replay_data.observations)
+            # Draw actions of the current policy, several per state
+            observations = first_observations(replay_data.observations, n_states)
+            embedding = self.actor.embed(observations).unsqueeze(1)
+            latents = th.randn(n_states, N_ANCHORS, self.actor.action_dim, device=self.device)
             with th.no_grad():
-                actions_pi = self.actor.sample(embedding, th.randn_like(replay_data.actions))
-            sigma = training_levels(batch_size, self.device)
-            noise = th.randn_like(actions_pi)
-            noisy_actions = actions_pi + sigma * noise
+                anchors = self.actor.sample_unsquashed(embedding, latents)
+                entropy = self.actor.entropies(
+                    embedding[:n_entropies, 0], latents[:n_entropies, 0], anchors[:n_entropies, 0]
+                ).mean()
+
+            # Noise them, denoise them, and estimate what the denoiser should have answered: E[u | x] under exp(Q / ent_coef)
+            sigma = training_levels(n_states, N_ANCHORS, self.device)
+            noisy_actions = anchors + sigma * th.randn_like(anchors)
             denoised = self.actor.denoise(embedding, noisy_actions, sigma)
             with th.no_grad():
-                target, log_weights = self._score_target(
-                    replay_data.observations, actions_pi, denoised, noisy_actions, sigma, ent_coef
-                )
+                target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
 
             # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
             c_out = edm_scalings(sigma)[1]
@@ -271,11 +278,7 @@ class DQS(OffPolicyAlgorithm):
             self.actor.optimizer.zero_grad()
             actor_loss.backward()
             self.actor.optimizer.step()
-
-            # The same errors tell the entropy of the policy (I-MMSE)
-            errors = actions_pi - denoised.detach()
-            entropy = entropies(errors, noise, sigma, self.actor.get_std()).mean()
-            self.actor.update_std(errors, sigma)
+            self.actor.update_std(anchors - denoised.detach(), sigma)
 
             # Optimize the temperature
             if isinstance(self.temperature, AutoTemperature):
@@ -304,32 +307,32 @@ class DQS(OffPolicyAlgorithm):
     def _score_target(
         self,
         obs: PyTorchObs,
-        actions: th.Tensor,
+        anchors: th.Tensor,
         denoised: th.Tensor,
         noisy_actions: th.Tensor,
         sigma: th.Tensor,
         ent_coef: float | th.Tensor,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        What the denoiser should answer: the posterior mean E[a | x] under ``exp(Q / ent_coef)``.
+        What the denoiser should answer: the posterior mean E[u | x] under ``exp(Q / ent_coef)``.
 
         :param obs: Observation
-        :param actions: clean actions of the policy, shape (batch_size, action_dim)
-        :param denoised: what the denoiser answered, shape (batch_size, action_dim)
-        :param noisy_actions: x, shape (batch_size, action_dim)
-        :param sigma: noise levels, shape (batch_size, 1)
+        :param anchors: unsquashed actions u of the policy, shape (n_states, n_anchors, action_dim)
+        :param denoised: what the denoiser answered, shape (n_states, n_anchors, action_dim)
+        :param noisy_actions: x, shape (n_states, n_anchors, action_dim)
+        :param sigma: noise levels, shape (n_states, n_anchors, 1)
         :param ent_coef: temperature
-        :return: target of shape (batch_size, action_dim),
-            and the normalised log-weights of its samples, of shape (batch_size, n_mc_samples)
+        :return: targets of shape (n_states, n_anchors, action_dim),
+            and the normalised log-weights of their samples, of shape (n_states, n_anchors, number of samples)
         """
         features = self.critic.extract_features(obs, self.critic.features_extractor)
 
-        def log_density(candidates: th.Tensor) -> th.Tensor:
-            return self.critic.min_q_values(features, candidates) / ent_coef
+        def log_density(unsquashed: th.Tensor) -> th.Tensor:
+            return self.critic.min_q_values(features, th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
 
         if self.score_target == "energy_gradient":
             return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)
-        return posterior_mean(log_density, actions, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples)
+        return posterior_mean(log_density, anchors, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples)
 
     def learn(
         self: SelfDQS,
@@ -403,3 +406,14 @@ class DQS(OffPolicyAlgorithm):
         if self.temperature.optimizer is not None:
             state_dicts += ["temperature", "temperature.optimizer"]
         return state_dicts, []
+
+
+def first_observations(obs: th.Tensor | TensorDict, n: int) -> th.Tensor | TensorDict:
+    """
+    The first of a batch of observations.
+
+    :param obs: Observation
+    :param n: how many
+    :return: observations of the same kind
+    """
+    return {key: value[:n] for key, value in obs.items()} if isinstance(obs, dict) else obs[:n]

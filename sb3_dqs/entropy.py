@@ -6,7 +6,7 @@ Entropy and log-density of a diffusion policy from the errors of its denoiser, b
     log pi(a) = E[log pi_max(a + sigma_max * eps)] + 1/2 * integral over log v of (d - E||a - D(x, sigma)||^2 / v)
 
 from sigma_min to sigma_max, where the noisy policy pi_max is Gaussian to a good approximation; the entropy is the mean
-of -log pi(a). Units: nats, for actions in [-1, 1]^d.
+of -log pi(a). Units: nats, for unsquashed actions.
 
 For an exact denoiser the estimates are unbiased, up to what sigma_min hides; the errors of a real one are larger, and
 its entropy estimates too high.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, log_uniform_levels
+from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, log_det_tanh, log_uniform_levels
 
 LOG_VARIANCE_RANGE = 2 * math.log(SIGMA_MAX / SIGMA_MIN)
 # Cross-entropy of the noisy policy at sigma_max with a Gaussian of that width, per dimension. The policy beneath adds at
@@ -67,3 +67,23 @@ def log_density(
     noise = th.randn(*sigma.shape[:2], actions.shape[1], device=actions.device)
     errors = actions.unsqueeze(1) - denoise(actions.unsqueeze(1) + sigma * noise, sigma)
     return -entropies(errors, noise, sigma, policy_std).mean(dim=1)
+
+
+def jacobian_entropies(unsquashed: th.Tensor, jacobian: th.Tensor) -> th.Tensor:
+    """
+    Estimates of ``-log pi(a)`` for actions ``a = tanh(u)`` of the sampler, u a deterministic function of standard normal
+    latents z; their mean is the entropy of the policy. By the change of variables,
+
+        H(a) = d/2 log(2 pi e) + E[1/2 log det(J J^T) + log det d tanh(u)/du],  J = du/dz
+
+    It holds for any network, whether or not it is an exact denoiser, and wherever the sampler is one to one; where it
+    folds, the estimate is too high. Scales below ``SIGMA_MIN`` count as that wide: the estimate is finite.
+
+    :param unsquashed: u, shape (n, action_dim)
+    :param jacobian: derivatives ``d u_j / d z_i``, shape (n, action_dim (i), action_dim (j))
+    :return: nats, shape (n,)
+    """
+    action_dim = unsquashed.shape[1]
+    gram = jacobian @ jacobian.transpose(1, 2) + SIGMA_MIN**2 * th.eye(action_dim, device=jacobian.device)
+    half_log_det = 0.5 * th.linalg.slogdet(gram).logabsdet
+    return action_dim / 2 * math.log(2 * math.pi * math.e) + half_log_det + log_det_tanh(unsquashed)

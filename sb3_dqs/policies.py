@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
@@ -20,21 +21,31 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dqs.diffusion import SIGMA_BROAD, SIGMA_MIN, edm_scalings, sampling_levels, solve_reverse_ode
-from sb3_dqs.entropy import log_density
+from sb3_dqs.diffusion import (
+    SIGMA_BROAD,
+    SIGMA_DATA,
+    SIGMA_MIN,
+    edm_scalings,
+    log_det_tanh,
+    sampling_levels,
+    solve_reverse_ode,
+)
+from sb3_dqs.entropy import jacobian_entropies, log_density
 
 # The noise level enters the network as sines and cosines of 2^0 ... 2^(N_FREQUENCIES - 1) times c_noise
 N_FREQUENCIES = 8
 # Rate of the running mean of the policy's variance
 VARIANCE_UPDATE_RATE = 0.01
+# Step of the finite differences, in standard deviations of the latents
+JACOBIAN_STEP = 0.02
 # Rows that a critic values at once on a CPU (on this much memory traffic is small beside the products)
 CPU_CHUNK_ROWS = 512
 
 
 class Actor(BasePolicy):
     """
-    Actor network (policy) for DQS: a denoiser ``D(s, x, sigma)`` that estimates ``E[a | s, x]`` from a noisy action
-    ``x = a + sigma * eps``. Run from pure noise to none, it draws an action from the policy.
+    Actor network (policy) for DQS: a denoiser ``D(s, x, sigma)`` that estimates ``E[u | s, x]`` from a noisy unsquashed
+    action ``x = u + sigma * eps``. Run from pure noise to none, it draws u, and ``a = tanh(u)`` is the action.
     Scalings of Karras et al. (2022), "EDM", https://arxiv.org/abs/2206.00364, Table 1.
 
     :param observation_space: Observation space
@@ -103,8 +114,8 @@ class Actor(BasePolicy):
         self.register_buffer("frequencies", 2.0 ** th.arange(N_FREQUENCIES), persistent=False)
         uniforms = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_deterministic_samples)
         self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
-        # Variance of the policy per dimension, averaged over states; at first that of the uniform policy
-        self.register_buffer("variance", th.full((self.action_dim,), 1 / 3))
+        # Variance of the unsquashed action per dimension, averaged over states; at first that of the uniform policy
+        self.register_buffer("variance", th.full((self.action_dim,), SIGMA_DATA**2))
 
         # What use_sde=True holds: one latent per environment
         self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else th.zeros(1, 1), persistent=False)
@@ -127,7 +138,7 @@ class Actor(BasePolicy):
 
     def get_std(self) -> th.Tensor:
         """
-        Standard deviation of the policy's actions in [-1, 1], given the state; a running root mean square over the
+        Standard deviation of the policy's unsquashed actions, given the state; a running root mean square over the
         states of the last updates. Logged by SB3 as ``train/std`` with ``use_sde=True``.
 
         :return: shape (action_dim,)
@@ -138,11 +149,11 @@ class Actor(BasePolicy):
         """
         Update what ``get_std()`` returns, from the errors at high noise levels, where the denoiser answers the mean.
 
-        :param errors: ``a - D(s, x, sigma)`` for actions a of the policy, shape (batch_size, action_dim)
-        :param sigma: noise levels, shape (batch_size, 1)
+        :param errors: ``u - D(s, x, sigma)`` for actions u of the policy, shape (..., action_dim)
+        :param sigma: noise levels, shape (..., 1)
         """
         is_high = (sigma >= SIGMA_BROAD).to(errors.dtype)
-        variance = (is_high * errors.pow(2)).sum(dim=0) / is_high.sum().clamp(min=1)
+        variance = (is_high * errors.pow(2)).flatten(end_dim=-2).sum(dim=0) / is_high.sum().clamp(min=1)
         self.variance.lerp_(variance, VARIANCE_UPDATE_RATE * is_high.sum().clamp(max=1))
 
     def reset_noise(self, batch_size: int = 1) -> None:
@@ -170,9 +181,9 @@ class Actor(BasePolicy):
         Denoiser ``D(s, x, sigma) = c_skip x + c_out F(s, c_in x, c_noise)`` (Karras et al. 2022, equation (7)).
 
         :param embedding: what ``embed()`` returned, shape (..., width)
-        :param x: noisy actions, shape (..., action_dim)
+        :param x: noisy unsquashed actions, shape (..., action_dim)
         :param sigma: noise levels, shape (..., 1)
-        :return: estimate of E[a | s, x], shape (..., action_dim)
+        :return: estimate of E[u | s, x], shape (..., action_dim)
         """
         c_skip, c_out, c_in, c_noise = edm_scalings(sigma)
         phases = c_noise * self.frequencies
@@ -182,11 +193,21 @@ class Actor(BasePolicy):
 
     def sample(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """
-        Run the reverse process.
+        Run the reverse process, and squash what it gives.
 
         :param embedding: what ``embed()`` returned, shape (..., width)
         :param latents: standard normal numbers, shape (..., action_dim)
         :return: actions in [-1, 1], shape (..., action_dim)
+        """
+        return th.tanh(self.sample_unsquashed(embedding, latents))
+
+    def sample_unsquashed(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
+        """
+        Run the reverse process.
+
+        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param latents: standard normal numbers, shape (..., action_dim)
+        :return: unsquashed actions u, shape (..., action_dim)
         """
         levels = latents.new_tensor(self.levels).unsqueeze(1)
 
@@ -195,12 +216,12 @@ class Actor(BasePolicy):
 
         return solve_reverse_ode(denoise, latents, self.levels)
 
-    def log_prob(self, embedding: th.Tensor, actions: th.Tensor, n_levels: int, n_noises: int = 1) -> th.Tensor:
+    def log_prob(self, embedding: th.Tensor, unsquashed: th.Tensor, n_levels: int, n_noises: int = 1) -> th.Tensor:
         """
-        Log-density of the policy; see :func:`sb3_dqs.entropy.log_density`.
+        Log-density of the policy at the actions ``tanh(u)``; see :func:`sb3_dqs.entropy.log_density`.
 
         :param embedding: what ``embed()`` returned, shape (batch_size, width)
-        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :param unsquashed: unsquashed actions u, shape (batch_size, action_dim)
         :param n_levels: number of noise levels of the integral
         :param n_noises: number of noises per level
         :return: noisy estimate in nats, shape (batch_size,)
@@ -209,7 +230,21 @@ class Actor(BasePolicy):
         def denoise(x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
             return self.denoise(embedding.unsqueeze(1), x, sigma)
 
-        return log_density(denoise, actions, self.get_std(), n_levels, n_noises)
+        return log_density(denoise, unsquashed, self.get_std(), n_levels, n_noises) - log_det_tanh(unsquashed)
+
+    def entropies(self, embedding: th.Tensor, latents: th.Tensor, unsquashed: th.Tensor) -> th.Tensor:
+        """
+        Estimates of ``-log pi(a)`` of sampled actions; see :func:`sb3_dqs.entropy.jacobian_entropies`. Each costs as much
+        as action_dim samples.
+
+        :param embedding: what ``embed()`` returned, shape (n, width)
+        :param latents: standard normal numbers, shape (n, action_dim)
+        :param unsquashed: what ``sample_unsquashed()`` made of them, shape (n, action_dim)
+        :return: nats, shape (n,)
+        """
+        shifts = JACOBIAN_STEP * th.eye(self.action_dim, device=latents.device)
+        moved = self.sample_unsquashed(embedding.unsqueeze(1), latents.unsqueeze(1) + shifts)
+        return jacobian_entropies(unsquashed, (moved - unsquashed.unsqueeze(1)) / JACOBIAN_STEP)
 
     def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
         """
@@ -533,23 +568,22 @@ class DQSPolicy(BasePolicy):
                 f"actions={actions!r} will not do: pass a tensor of shape {shape}, one action per observation, in [-1, 1]: "
                 "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
             )
-        return self.actor.log_prob(embedding, actions.flatten(start_dim=1), n_levels, n_noises)
+        return self.actor.log_prob(embedding, TanhBijector.inverse(actions.flatten(start_dim=1)), n_levels, n_noises)
 
     @th.no_grad()
-    def entropy(self, obs: PyTorchObs, n_actions: int = 64, n_levels: int = 32) -> th.Tensor:
+    def entropy(self, obs: PyTorchObs, n_actions: int = 64) -> th.Tensor:
         """
-        Entropy of the policy: minus the mean log-density of actions drawn from it.
+        Entropy of the policy, from the Jacobian of the sampler; see :func:`sb3_dqs.entropy.jacobian_entropies`.
 
         :param obs: Observation
         :param n_actions: number of actions per state
-        :param n_levels: number of noise levels of the integral
         :return: entropy of the action in [-1, 1]^d, in nats, shape (batch_size,)
         """
         self.set_training_mode(False)  # as predict()
         embedding = self.actor.embed(obs).repeat_interleave(n_actions, dim=0)
-        actions = self.actor.sample(embedding, th.randn(len(embedding), self.actor.action_dim, device=embedding.device))
-
-        return -self.actor.log_prob(embedding, actions, n_levels).reshape(-1, n_actions).mean(dim=1)
+        latents = th.randn(len(embedding), self.actor.action_dim, device=embedding.device)
+        entropies = self.actor.entropies(embedding, latents, self.actor.sample_unsquashed(embedding, latents))
+        return entropies.reshape(-1, n_actions).mean(dim=1)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
