@@ -364,52 +364,58 @@ def draw_samples(ax: plt.Axes, target: Target, samples: np.ndarray, color: str) 
         )
         ax.plot(*samples.T, ".", markersize=1.5, color=color)
         ax.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03))
-    ax.set(xticks=[], yticks=[])
+
+
+def plot_samples(figure: Any, names: list[str], by_job: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Exact samples, the default's and the paper's, a column per target."""
+    rows = {"exact": "tab:green", DEFAULT: "tab:blue", PAPER: "tab:orange"}
+    axes = figure.subplots(len(rows), len(names), squeeze=False)
+    for column, name in zip(axes.T, names, strict=True):
+        target = make_target(name)
+        column[0].set_title(name, fontsize=10)
+        for ax, (row, color) in zip(column, rows.items(), strict=True):
+            ax.set_box_aspect(1)
+            ax.set(xticks=[], yticks=[])
+            if row == "exact":
+                draw_samples(ax, target, target.sample(1000).numpy(), color)
+            elif (name, row) in by_job:
+                draw_samples(ax, target, np.array(by_job[name, row]["samples"]), color)
+                ax.set_xlabel(f"distance {by_job[name, row]['distance']:.1f}", fontsize=9)
+    for ax, row in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(row, fontsize=9)
+    figure.suptitle("1,000 samples on the exact density (grey); distance over its floor", fontsize=11)
+
+
+def plot_bars(figure: Any, names: list[str], by_job: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Distance over its floor per estimator, a panel per target."""
+    shown = [estimator for estimator in reversed(ESTIMATORS) if any((name, estimator) in by_job for name in names)]
+    colors = [{DEFAULT: "tab:blue", PAPER: "tab:orange"}.get(estimator, "silver") for estimator in shown]
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for ax, name in zip(axes, names, strict=True):
+        distances = [by_job.get((name, estimator), {}).get("distance", np.nan) for estimator in shown]
+        ax.barh(shown, distances, color=colors)
+        for y, distance in enumerate(distances):
+            ax.text(np.nan_to_num(distance), y, " " + (number(distance, 1) or "not run"), va="center", fontsize=8)
+        ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(name, fontsize=10)
+        ax.tick_params(labelsize=8)
+        ax.set_xlim(0, 1.2 * np.nanmax([*distances, 1]))
+    figure.suptitle("Sliced Wasserstein distance to exact samples, over that between exact sets (dotted: 1)", fontsize=11)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Up to two dimensions samples; above, bars of the distance over its floor."""
+    """Samples in one and two dimensions, bars above."""
     by_job = {(result["target"], result["estimator"]): result for result in results}
-    targets = list(dict.fromkeys(result["target"] for result in results))
-    low = [name for name in targets if make_target(name).dim <= 2]
-    high = [name for name in targets if make_target(name).dim > 2]
-    n_columns = max(len(low), len(high), 1)
-    figure = plt.figure(figsize=(2.3 * n_columns + 1, 6.9 * bool(low) + 3.6 * bool(high) + 0.4), layout="constrained")
-    parts = iter(
-        np.atleast_1d(figure.subfigures(bool(low) + bool(high), 1, height_ratios=[6.9] * bool(low) + [3.6] * bool(high)))
-    )
-    if low:
-        rows = {"exact": "tab:green", DEFAULT: "tab:blue", PAPER: "tab:orange"}
-        axes = next(parts).subplots(len(rows), len(low), squeeze=False)
-        for column, name in zip(axes.T, low, strict=True):
-            column[0].set_title(name, fontsize=10)
-            for ax, (row, color) in zip(column, rows.items(), strict=True):
-                if row == "exact":
-                    draw_samples(ax, make_target(name), make_target(name).sample(1000).numpy(), color)
-                elif (name, row) in by_job:
-                    result = by_job[name, row]
-                    draw_samples(ax, make_target(name), np.array(result["samples"]), color)
-                    ax.set_xlabel(f"distance {result['distance']:.1f}", fontsize=9)
-        for ax, row in zip(axes[:, 0], rows, strict=True):
-            ax.set_ylabel(row, fontsize=9)
-    if high:
-        axes = next(parts).subplots(1, len(high), sharey=True, squeeze=False)[0]
-        shown = [name for name in reversed(ESTIMATORS) if any((target, name) in by_job for target in high)]
-        for ax, target in zip(axes, high, strict=True):
-            distances = [by_job[target, name]["distance"] if (target, name) in by_job else np.nan for name in shown]
-            colors = [{DEFAULT: "tab:blue", PAPER: "tab:orange"}.get(name, "silver") for name in shown]
-            ax.barh(shown, distances, color=colors)
-            for y, distance in enumerate(distances):
-                if not np.isnan(distance):
-                    ax.text(distance, y, f" {distance:.1f}", va="center", fontsize=8)
-            ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-            ax.set_title(target, fontsize=10)
-            ax.set_xlabel("distance over floor", fontsize=9)
-            ax.tick_params(labelsize=8)
-            ax.set_xlim(0, 1.2 * np.nanmax([*distances, 1]))
-    figure.suptitle(
-        "1,000 samples over the density (grey); distance: sliced Wasserstein over that between exact sets", fontsize=10
-    )
+    names = list(dict.fromkeys(name for name, _ in by_job))
+    low = [name for name in names if make_target(name).dim <= 2]
+    high = [name for name in names if make_target(name).dim > 2]
+    panels = [(plot_samples, low, 7.6)] * bool(low) + [(plot_bars, high, 3.6)] * bool(high)
+    heights = [height for _, _, height in panels]
+    width = 2.2 * max(len(low), 1.5 * len(high), 3) + 0.5
+    figure = plt.figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)
+    for part, (draw, shown, _) in zip(parts[:, 0], panels, strict=True):
+        draw(part, shown, by_job)
     figure.savefig(path, dpi=110)
 
 
