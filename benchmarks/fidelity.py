@@ -6,8 +6,9 @@ How true is the learned policy to exp(Q / ent_coef) / Z, beside the estimators o
 For distributions with exact samples and known entropy, trains the actor by the actor's part of ``DQS.train()``, once
 per estimator of the regression target, with the same steps. Prints the sliced Wasserstein-1 distance of its actions to
 exact samples over that between two exact sets (1 is perfect), the errors of the mode shares and the entropy, and the
-cost; then what the solver alone does with an exact denoiser; and saves a figure. Each result is written to ``--out`` as
-it ends and not computed again (remove the folder after a change of the code). Takes a quarter of an hour on two cores.
+cost. The row "exact samples" is ordinary denoising of such samples: the limit of network and solver. Then prints what
+the solver alone does with an exact denoiser, and saves a figure. Each result is written to ``--out`` as it ends and not
+computed again (remove the folder after a change of the code). Takes a quarter of an hour on two cores.
 """
 
 import argparse
@@ -43,13 +44,14 @@ from sb3_dqs.policies import Actor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Half as wide as the default, to save time; the learning rate falls to zero
 NET_ARCH, BATCH_SIZE, LEARNING_RATE = [128, 128], 256, 2e-3
 # The Gaussian has two parameters per dimension and needs larger steps than a network
 GAUSSIAN_LEARNING_RATE = 2e-2
 # The distance of finite sets is itself noisy: medians of a few
 N_ACTIONS, N_REPEATS, NEIGHBOUR = 5000, 5, 3
 DEFAULT, PAPER = "posterior mean, K=8", "energy gradient, K=64"
-# Seconds per hundred steps: only where it is cheapest
+# Takes minutes per target: only where it is cheapest, unless asked for by name
 DEAR, DEAR_TARGETS = "energy gradient, K=1000", ("two modes 1-D", "four modes 2-D")
 STEP_COUNTS = (4, 6, 8, 10, 16)
 
