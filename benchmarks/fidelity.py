@@ -28,13 +28,16 @@ import torch as th
 from fidelity_estimators import ESTIMATORS, Estimator
 from fidelity_targets import TARGETS, Target, box_grid, make_target
 from gymnasium import spaces
+from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import LogDensity, effective_sample_size
+from sb3_dqs.boltzmann import N_ANCHORS, LogDensity, effective_sample_size
 from sb3_dqs.diffusion import (
+    MAX_UNSQUASHED,
     SIGMA_MIN,
     edm_scalings,
+    log_det_tanh,
     sampling_levels,
     solve_reverse_ode,
     training_levels,
@@ -46,6 +49,8 @@ import matplotlib.pyplot as plt
 
 # Half as wide as the default, to save time; the learning rate falls to zero
 NET_ARCH, BATCH_SIZE, LEARNING_RATE = [128, 128], 256, 2e-3
+# The temperature falls from here to 1 in the first part of the training
+INITIAL_ENT_COEF, ANNEALED = 20.0, 0.5
 # The Gaussian has two parameters per dimension and needs larger steps than a network
 GAUSSIAN_LEARNING_RATE = 2e-2
 # The distance of finite sets is itself noisy: medians of a few
@@ -93,21 +98,28 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
     optimizer = th.optim.Adam(actor.parameters(), lr=LEARNING_RATE)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     obs, effective = th.zeros(1, 1), []
-    for _ in range(steps):
+    n_states = BATCH_SIZE // N_ANCHORS
+    for step in range(steps):
+        # As ent_coef="auto" does, from the uniform policy down
+        ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
+
+        def unsquashed_log_density(u: th.Tensor, ent_coef: float = ent_coef) -> th.Tensor:
+            return log_density(u.tanh()) / ent_coef + log_det_tanh(u)
+
         embedding = actor.embed(obs)
         with th.no_grad():
             if estimator.estimate is None:
-                anchors = target.sample(BATCH_SIZE)
+                anchors = TanhBijector.inverse(target.sample(BATCH_SIZE)).reshape(n_states, N_ANCHORS, -1)
             else:
-                anchors = actor.sample(embedding, th.randn(BATCH_SIZE, target.dim))
-        sigma = training_levels(BATCH_SIZE)
+                anchors = actor.sample_unsquashed(embedding, th.randn(n_states, N_ANCHORS, target.dim))
+        sigma = training_levels(n_states, N_ANCHORS)
         x = anchors + sigma * th.randn_like(anchors)
         denoised = actor.denoise(embedding, x, sigma)
         regression_target, log_weights = anchors, th.zeros_like(sigma)
         if estimator.estimate is not None:
             with th.no_grad():
                 regression_target, log_weights = estimator.estimate(
-                    log_density, anchors, denoised, x, sigma, actor.get_std(), estimator.n_samples
+                    unsquashed_log_density, anchors, denoised, x, sigma, actor.get_std(), estimator.n_samples
                 )
         c_out = edm_scalings(sigma)[1]
         loss = F.mse_loss(denoised / c_out, regression_target / c_out)
@@ -122,14 +134,15 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
     def policy(n: int) -> th.Tensor:
         return actor.sample(actor.embed(obs), th.randn(n, target.dim))
 
-    return policy, own_entropy(actor, policy), float(np.mean(effective[-steps // 4 :]))
+    return policy, own_entropy(actor), float(np.mean(effective[-steps // 4 :]))
 
 
 @th.no_grad()
-def own_entropy(actor: Actor, policy: Policy) -> float:
+def own_entropy(actor: Actor) -> float:
     """What the policy says of its entropy, as ``DQSPolicy.entropy()``."""
-    embedding = actor.embed(th.zeros(1, 1))
-    return -actor.log_prob(embedding, policy(2048), n_levels=32).mean().item()
+    latents = th.randn(2048, actor.action_dim)
+    embedding = actor.embed(th.zeros(1, 1)).expand(len(latents), -1)
+    return actor.entropies(embedding, latents, actor.sample_unsquashed(embedding, latents)).mean().item()
 
 
 def train_gaussian(target: Target, log_density: LogDensity, steps: int) -> tuple[Policy, float, float]:
@@ -143,9 +156,7 @@ def train_gaussian(target: Target, log_density: LogDensity, steps: int) -> tuple
         noise = th.randn(n, target.dim)
         raw = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.pow(2) - log_std - 0.5 * np.log(2 * np.pi)
-        # log(1 - tanh(u)^2), without cancellation
-        log_slope = 2 * (np.log(2) - raw - F.softplus(-2 * raw))
-        return raw.tanh(), (log_normal - log_slope).sum(dim=1)
+        return raw.tanh(), log_normal.sum(dim=1) - log_det_tanh(raw)
 
     for _ in range(steps):
         actions, log_prob = draw(BATCH_SIZE)
@@ -242,10 +253,11 @@ def run_training(name: str, estimator: str, steps: int, seed: int) -> dict[str, 
 # The solver alone, with an exact denoiser
 
 
-def exact_denoiser(target: Target, n_cells: int = 256) -> Denoiser:
-    """``E[a | x]`` in one or two dimensions, by quadrature."""
-    axis = box_grid(1, n_cells).squeeze(1).double()
-    log_mass = target.log_density(box_grid(target.dim, n_cells)).double()
+def exact_denoiser(target: Target, n_cells: int = 400) -> Denoiser:
+    """``E[u | x]`` in one or two dimensions, by quadrature."""
+    axis = MAX_UNSQUASHED * box_grid(1, n_cells).squeeze(1).double()
+    grid = MAX_UNSQUASHED * box_grid(target.dim, n_cells).double()
+    log_mass = target.log_density(grid.tanh().float()).double() + log_det_tanh(grid)
     mass = (log_mass - log_mass.max()).exp().reshape([n_cells] * target.dim)
 
     def denoise(x: th.Tensor, sigma: float) -> th.Tensor:
@@ -296,7 +308,7 @@ def run_solvers(name: str, estimator: str, steps: int, seed: int) -> dict[str, A
     cells = {}
     for solver, solve in SOLVERS.items():
         for n in STEP_COUNTS:
-            sets = [solve(denoise, th.randn(N_ACTIONS, target.dim).double(), n).float() for _ in range(3)]
+            sets = [solve(denoise, th.randn(N_ACTIONS, target.dim).double(), n).tanh().float() for _ in range(3)]
             cells[f"{solver} {n}"] = [distance_over_floor(name, sets), share_error(target, th.cat(sets))]
     return {"target": name, "cells": cells}
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch as th
 
-from sb3_dqs.boltzmann import LogDensity, energy_gradient, posterior_mean, sample_truncated_normal
+from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, energy_gradient, posterior_mean
+from sb3_dqs.diffusion import MAX_UNSQUASHED
 
 EstimatorFn = Callable[[LogDensity, th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]
 
@@ -39,6 +40,18 @@ def paper(
     return energy_gradient(log_density, x, sigma, n_samples)
 
 
+def propose(x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Samples around the noisy action, from the product of its noise and a broad normal prior (without the prior none would
+    be near the box at high noise), of shape (n_states, n_anchors, n_samples, action_dim), and what the prior adds to
+    their log-weights.
+    """
+    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
+    noise = th.randn(*x.shape[:2], n_samples, x.shape[2])
+    samples = (x * shrinkage).unsqueeze(2) + (sigma * shrinkage.sqrt()).unsqueeze(2) * noise
+    return samples, (samples / PRIOR_STD).pow(2).sum(dim=3) / 2
+
+
 def forward_only(
     log_density: LogDensity,
     anchors: th.Tensor,
@@ -49,14 +62,14 @@ def forward_only(
     n_samples: int,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Self-normalised importance sampling from N(x, sigma^2) truncated to the box, values of Q alone
+    Self-normalised importance sampling around x, values of Q alone
     (the noise expectation of Ma et al. 2025, "SDAC", https://arxiv.org/abs/2502.00361, and
     Dong et al. 2025, "MaxEntDP", https://arxiv.org/abs/2502.11612).
     """
-    uniforms = th.rand(x.shape[0], n_samples, x.shape[1])
-    samples = sample_truncated_normal(x.unsqueeze(1), sigma.unsqueeze(1), uniforms)
-    log_weights = th.log_softmax(log_density(samples), dim=1)
-    return (log_weights.exp().unsqueeze(2) * samples).sum(dim=1), log_weights
+    samples, correction = propose(x, sigma, n_samples)
+    values = log_density(samples.flatten(1, 2)).reshape(correction.shape)
+    log_weights = th.log_softmax(values + correction, dim=2)
+    return (log_weights.exp().unsqueeze(3) * samples).sum(dim=2), log_weights
 
 
 def control_variate(
@@ -69,28 +82,26 @@ def control_variate(
     n_samples: int,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    :func:`forward_only` plus a Stein term of zero mean, with the coefficient that fits best to the same samples
-    (Li, Tang and Azizan 2026, "Reverse Flow Matching", https://arxiv.org/abs/2601.08136). The term vanishes at the bounds
-    of the box: ``f_j(a) = (1 - a_j^2) d/da_j log p(a|x) - 2 a_j``.
+    :func:`forward_only` plus a Stein term of zero mean, the gradient of log p(u|x), with the coefficient that fits best to
+    the same samples (Li, Tang and Azizan 2026, "Reverse Flow Matching", https://arxiv.org/abs/2601.08136).
     """
-    uniforms = th.rand(x.shape[0], n_samples, x.shape[1])
-    samples = sample_truncated_normal(x.unsqueeze(1), sigma.unsqueeze(1), uniforms)
+    samples, correction = propose(x, sigma, n_samples)
     with th.enable_grad():
         samples.requires_grad_(True)
-        values = log_density(samples)
+        values = log_density(samples.flatten(1, 2)).reshape(correction.shape)
         (gradient,) = th.autograd.grad(values.sum(), samples)
     samples = samples.detach()
-    log_weights = th.log_softmax(values.detach(), dim=1)
-    stein = (1 - samples.pow(2)) * (gradient - (samples - x.unsqueeze(1)) / sigma.unsqueeze(1) ** 2) - 2 * samples
+    log_weights = th.log_softmax(values.detach() + correction, dim=2)
+    stein = gradient - (samples - x.unsqueeze(2)) / sigma.unsqueeze(2) ** 2
 
     def mean(values: th.Tensor) -> th.Tensor:
-        return (log_weights.exp().unsqueeze(2) * values).sum(dim=1, keepdim=True)
+        return (log_weights.exp().unsqueeze(3) * values).sum(dim=2, keepdim=True)
 
     # Regression of the samples on the term; its intercept is the estimate
     centered = stein - mean(stein)
     coefficient = mean(samples * centered) / mean(centered.pow(2)).clamp(min=1e-12)
-    # With few effective samples the fit goes astray, but the mean lies in the box
-    return (mean(samples) - coefficient * mean(stein)).squeeze(1).clamp(-1, 1), log_weights
+    # With few effective samples the fit goes astray
+    return (mean(samples) - coefficient * mean(stein)).squeeze(2).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), log_weights
 
 
 def q_score(
@@ -107,9 +118,9 @@ def q_score(
     (Psenka et al. 2024, "Q-score matching", https://arxiv.org/abs/2312.11752).
     """
     with th.enable_grad():
-        inside = x.clamp(-1, 1).requires_grad_(True)
-        (gradient,) = th.autograd.grad(log_density(inside.unsqueeze(1)).sum(), inside)
-    return (x + sigma**2 * gradient).clamp(-1, 1), th.zeros_like(sigma)
+        points = x.detach().requires_grad_(True)
+        (gradient,) = th.autograd.grad(log_density(points).sum(), points)
+    return (x + sigma**2 * gradient).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), th.zeros_like(sigma)
 
 
 ESTIMATORS = {
