@@ -21,8 +21,10 @@ N_ANCHORS = 4
 # Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
 # reaches the corners of the box
 PRIOR_STD = 2.0
-# Effective sample size above which all targets come from the candidates; at half of it all come from the gradient
-ENOUGH_SAMPLES = 5.0
+# Effective sample size above which all targets come from the candidates; the fewer, the more come from the gradient, but
+# not all, because the gradient does not see the shares of the modes
+ENOUGH_SAMPLES = 6.0
+MAX_STEP_SHARE = 0.75
 # Length of the longest step, in widths of p(u|x)
 MAX_STEP = 3.0
 
@@ -54,7 +56,7 @@ def posterior_mean(
     """
     target, log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
     step_share = 2 - 2 * effective_sample_size(log_weights).mean() / ENOUGH_SAMPLES
-    is_step = th.rand_like(sigma) < step_share
+    is_step = th.rand_like(sigma) < step_share.clamp(max=MAX_STEP_SHARE)
     return th.where(is_step, gradient_step(log_density, anchors, denoised, x, sigma, policy_std), target), log_weights
 
 
