@@ -1,14 +1,19 @@
 """Boltzmann distributions of independent dimensions, and the exact denoiser of each, by quadrature."""
 
+import math
 from collections.abc import Callable
 
 import torch as th
 
 from sb3_dqs.diffusion import log_det_tanh
 
-# Nodes in widths of the posterior of a policy that is broader than all of these
-NODES = th.linspace(-8, 8, 513, dtype=th.float64)
-BROAD_STD = 2.0
+# Nodes are placed in widths of p(u|x) of a policy that is broader than all of these. As the integrands are smooth, 97 do
+# for integrals; draws are uniform between nodes, and take more
+BROAD_STD, N_WIDTHS = 2.0, 6
+N_NODES, N_NODES_OF_DRAWS = 97, 801
+# Grid of unsquashed actions, for the policy itself
+GRID = th.linspace(-12, 12, 4801, dtype=th.float64)
+SPACING = float(GRID[1] - GRID[0])
 
 # Energies of squashed actions, per dimension
 ENERGIES: dict[str, Callable[[th.Tensor], th.Tensor]] = {
@@ -23,29 +28,42 @@ def log_density_of(energy: str) -> Callable[[th.Tensor], th.Tensor]:
     return lambda u: ENERGIES[energy](th.tanh(u)).sum(dim=-1) + log_det_tanh(u)
 
 
-def posterior(energy: str, x: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def posterior(energy: str, x: th.Tensor, sigma: th.Tensor, n_nodes: int) -> tuple[th.Tensor, th.Tensor]:
     """Nodes and their probabilities under p(u|x), shape (n, n_nodes), for x and sigma of shape (n,)."""
     x, sigma = x.double().unsqueeze(1), sigma.double().unsqueeze(1)
     shrinkage = BROAD_STD**2 / (BROAD_STD**2 + sigma**2)
-    nodes = x * shrinkage + sigma * shrinkage.sqrt() * NODES
+    nodes = x * shrinkage + sigma * shrinkage.sqrt() * th.linspace(-N_WIDTHS, N_WIDTHS, n_nodes, dtype=th.float64)
     log_posterior = log_density_of(energy)(nodes.unsqueeze(2)) - ((nodes - x) / sigma) ** 2 / 2
     return nodes, th.softmax(log_posterior, dim=1)
 
 
 def denoise(energy: str, x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """``E[u | x]``, of the shape and type of x; sigma of a shape that broadcasts."""
-    nodes, probabilities = posterior(energy, x.flatten(), sigma.expand_as(x).flatten())
+    nodes, probabilities = posterior(energy, x.flatten(), sigma.expand_as(x).flatten(), N_NODES)
     return (nodes * probabilities).sum(dim=1).to(x.dtype).reshape(x.shape)
 
 
 def sample_posterior(energy: str, x: th.Tensor, sigma: th.Tensor, n: int) -> th.Tensor:
     """Draws from p(u|x), shape (n_x, n), for x and sigma of shape (n_x,)."""
-    nodes, probabilities = posterior(energy, x, sigma)
+    nodes, probabilities = posterior(energy, x, sigma, N_NODES_OF_DRAWS)
     spacing = nodes[:, 1:2] - nodes[:, :1]
     draws = nodes.gather(1, th.multinomial(probabilities, n, replacement=True))
     return (draws + spacing * (th.rand_like(draws) - 0.5)).to(x.dtype)
 
 
-def sample(energy: str, n: int) -> th.Tensor:
-    """Draws from the policy itself, shape (n,): at such noise x tells nothing."""
-    return sample_posterior(energy, th.zeros(1), th.full((1,), 1e4), n).squeeze(0)
+def log_prob(energy: str, u: th.Tensor) -> th.Tensor:
+    """Normalised log-density of unsquashed actions (..., action_dim)."""
+    log_norm = th.logsumexp(log_density_of(energy)(GRID.unsqueeze(1)), dim=0) + math.log(SPACING)
+    return log_density_of(energy)(u) - u.shape[-1] * log_norm
+
+
+def entropy(energy: str) -> float:
+    """Entropy of one unsquashed dimension."""
+    log_density = log_prob(energy, GRID.unsqueeze(1))
+    return -float((log_density.exp() * log_density).sum()) * SPACING
+
+
+def sample(energy: str, *shape: int) -> th.Tensor:
+    """Draws from the policy."""
+    draws = GRID[th.multinomial(log_prob(energy, GRID.unsqueeze(1)).exp(), math.prod(shape), replacement=True)]
+    return (draws + SPACING * (th.rand_like(draws) - 0.5)).reshape(shape).float()
