@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from scipy import stats
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -24,6 +27,7 @@ from sb3_dqs.diagnostics import (
     proposal_log_density,
     sample_grid,
     sample_proposals,
+    sample_truncated_normal,
     sliced_wasserstein,
 )
 
@@ -177,6 +181,19 @@ class TestDiagnose:
 
 
 class TestMathematics:
+    @pytest.mark.parametrize("mean", [-6.0, -1.0, 0.0, 0.4, 3.0])
+    @pytest.mark.parametrize("std", [0.05, 0.5, 20.0])
+    def test_truncated_normal_against_scipy(self, mean, std):
+        mean = max(-1 - 3 * std, min(mean, 1 + 3 * std))
+        samples = sample_truncated_normal(th.full((20_000,), mean), th.full((20_000,), std), th.rand(20_000)).numpy()
+        exact = stats.truncnorm((-1 - mean) / std, (1 - mean) / std, loc=mean, scale=std)
+        assert stats.kstest(samples, exact.cdf).pvalue > 1e-4
+
+    @given(st.floats(-100, 100), st.floats(0.001, 50), st.floats(0, 1))
+    def test_truncated_normal_stays_in_the_box(self, mean, std, uniform):
+        value = sample_truncated_normal(th.tensor(mean), th.tensor(std), th.tensor(uniform))
+        assert value.isfinite() and -1 <= value <= 1
+
     def test_sliced_wasserstein_of_a_shift(self):
         points = th.randn(50, 1, dtype=th.float64)
         assert sliced_wasserstein(points, points.flip(0) + 0.3).item() == pytest.approx(0.3)

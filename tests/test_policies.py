@@ -1,7 +1,6 @@
 """Networks and policies: what deterministic means, architectures, features extractors, density, export."""
 
 import io
-import math
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +14,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 
 from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_dqs.policies import DQSPolicy, densest_action
+from sb3_dqs.diffusion import SIGMA_DATA
+from sb3_dqs.entropy import jacobian_entropies
+from sb3_dqs.policies import JACOBIAN_STEP, DQSPolicy, densest_action
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -172,21 +173,45 @@ def test_state_dict_has_floats_only():
 
 
 class TestDensity:
-    """``log_prob`` and ``entropy`` agree with each other and with a histogram of actions."""
+    """``log_prob`` and ``entropy`` are those of a known policy, and the Jacobian behind the latter is right."""
 
-    def test_entropy_of_an_actor_with_a_known_policy(self):
-        # With zero weights F = 0: the denoiser of a Gaussian of standard deviation sigma_data = 0.5 around 0
+    def test_of_an_actor_with_a_known_policy(self):
+        # With zero weights F = 0: the denoiser of a Gaussian of standard deviation sigma_data around 0
         policy = make_policy(diffusion_steps=40)
         with th.no_grad():
             for param in policy.actor.parameters():
                 param.zero_()
-        obs = th.zeros(3, 3)
-        expected = math.log(0.5 * math.sqrt(2 * math.pi * math.e))
-        # Some of that Gaussian is cut off by the box, hence a little more than the usual tolerance of 0.05
-        assert policy.entropy(obs, n_actions=1000).numpy() / 2 == pytest.approx([expected] * 3, abs=0.1)
-        log_prob = policy.log_prob(obs, th.tensor([[0.0, 0.0], [0.5, 0.0], [-0.5, 0.5]]), n_levels=64, n_noises=100)
-        exact = -2 * math.log(0.5 * math.sqrt(2 * math.pi)) - th.tensor([0.0, 0.5, 1.0])
-        assert th.allclose(log_prob, exact, atol=0.15)
+        obs, exact = th.zeros(3, 3), th.distributions.Normal(0, SIGMA_DATA)
+        quantiles = exact.icdf((th.arange(10_000, dtype=th.float64) + 0.5) / 10_000)
+        expected = exact.entropy() + (1 - th.tanh(quantiles) ** 2).log().mean().item()
+        assert policy.entropy(obs, n_actions=1000).numpy() / 2 == pytest.approx([float(expected)] * 3, abs=0.05)
+        actions = th.tensor([[0.0, 0.0], [0.5, 0.0], [-0.9, 0.5]])
+        log_prob = policy.log_prob(obs, actions, n_levels=64, n_noises=100)
+        assert th.allclose(log_prob, (exact.log_prob(th.atanh(actions)) - (1 - actions**2).log()).sum(dim=1), atol=0.15)
+        # At the bounds, too, where the density of squashed actions is not bounded
+        assert policy.log_prob(obs[:2], th.tensor([[1.0, 1.0], [-1.0, 0.0]])).isfinite().all()
+
+    @pytest.mark.parametrize("action_dim", [1, 3])
+    def test_finite_differences_give_the_jacobian_of_the_sampler(self, action_dim, monkeypatch):
+        space = spaces.Box(-1, 1, (action_dim,), np.float32)
+        actor = DQSPolicy(OBS, space, lambda _: 1e-3, net_arch=[16], activation_fn=nn.Tanh).actor
+        with th.no_grad():
+            for param in actor.parameters():
+                param.mul_(3)  # far from linear
+            embedding, latents = actor.embed(th.randn(50, 3)).double(), th.randn(50, action_dim, dtype=th.float64)
+            actor.double()
+            unsquashed = actor.sample_unsquashed(embedding, latents)
+            jacobian = th.func.vmap(th.func.jacrev(actor.sample_unsquashed, argnums=1))(embedding, latents)
+            exact = jacobian_entropies(unsquashed, jacobian.transpose(1, 2))
+
+            def errors(step):
+                monkeypatch.setattr("sb3_dqs.policies.JACOBIAN_STEP", step)
+                return (actor.entropies(embedding, latents, unsquashed) - exact).abs()
+
+            # The error of one-sided differences, in proportion to the step
+            usual, small = errors(JACOBIAN_STEP), errors(JACOBIAN_STEP / 100)
+            assert usual.mean() < 0.05 * action_dim < exact.std() and small.max() < 0.01 * action_dim
+            assert 50 < usual.mean() / small.mean() < 200
 
     def test_shapes(self):
         policy = make_policy()
