@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from quadrature import log_density_of
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
@@ -19,6 +20,8 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dqs import DQS, MlpPolicy
+from sb3_dqs.boltzmann import energy_gradient, posterior_mean
+from sb3_dqs.diffusion import training_levels
 from sb3_dqs.temperature import LogLinearSchedule
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
@@ -78,6 +81,32 @@ def test_temperatures(make_model, ent_coef):
 def test_scheduled_temperature_follows_the_progress(make_model):
     model = make_model(ent_coef="log_linear_1.0_0.01").learn(100)
     assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("score_target", ["posterior_mean", "energy_gradient"])
+def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, score_target):
+    """Of unsquashed actions, with the log-determinant of the squashing, at the temperature."""
+    model = make_model(score_target=score_target)
+    monkeypatch.setattr(model.critic, "min_q_values", lambda features, actions: 0.2 * 3 * actions.sum(dim=2))
+    anchors, sigma = th.randn(5, 4, 1), training_levels(5, 4)
+    x = anchors + sigma * th.randn_like(anchors)
+    arguments = anchors, 0 * anchors, x, sigma
+    th.manual_seed(1)
+    target, _ = model._score_target(th.zeros(5, 3), *arguments, 0.2)
+    th.manual_seed(1)
+    if score_target == "posterior_mean":
+        expected, _ = posterior_mean(log_density_of("linear"), *arguments, model.actor.get_std(), model.n_mc_samples)
+    else:
+        expected, _ = energy_gradient(log_density_of("linear"), x, sigma, model.n_mc_samples)
+    assert th.allclose(target, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_training_sees_the_entropy_that_the_policy_reports(make_model):
+    model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv()).learn(30)
+    model.train(50, 64)
+    expected = model.policy.entropy(model.replay_buffer.sample(20).observations, n_actions=200).mean().item()
+    # 16 states in each of 50 updates, at a standard deviation of one or two nats each
+    assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected, abs=0.3)
 
 
 @pytest.mark.parametrize("score_target", ["posterior_mean", "energy_gradient"])

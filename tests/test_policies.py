@@ -213,6 +213,16 @@ class TestDensity:
             assert usual.mean() < 0.05 * action_dim < exact.std() and small.max() < 0.01 * action_dim
             assert 50 < usual.mean() / small.mean() < 200
 
+    def test_standard_deviation_is_that_of_the_errors_at_high_levels(self):
+        actor, std, sigma = make_policy().actor, th.tensor([0.3, 2.0]), th.tensor([0.05, 20.0, 2.0, 5.0]).reshape(4, 1)
+        before = actor.get_std()
+        actor.update_std(th.randn(8, 2, 2), sigma[[0, 2]])  # none is high
+        assert th.equal(actor.get_std(), before) and before.tolist() == pytest.approx([SIGMA_DATA] * 2)
+        for _ in range(1000):
+            errors = std * th.randn(8, 4, 2) + th.tensor([100.0, 0.0, 100.0, 0.0]).reshape(4, 1)
+            actor.update_std(errors, sigma.expand(8, 4, 1))
+        assert th.allclose(actor.get_std(), std, rtol=0.1)
+
     def test_shapes(self):
         policy = make_policy()
         assert policy.log_prob(th.zeros(4, 3), th.zeros(4, 2)).shape == (4,)
