@@ -587,8 +587,8 @@ class DQSPolicy(BasePolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        From [-1, 1] to the bounds of the action space. The sampler reaches the bounds exactly, where rounding can go
-        past them: hence the clipping.
+        From [-1, 1] to the bounds of the action space. The sampler comes so near the bounds that rounding can go past
+        them: hence the clipping.
 
         :param scaled_action: actions in [-1, 1]
         :return: actions in the action space

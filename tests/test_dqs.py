@@ -101,6 +101,15 @@ def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, sc
     assert th.allclose(target, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_critics_value_squashed_actions(make_model, monkeypatch):
+    model, seen = make_model().learn(30), []
+    forward = model.critic_target.forward
+    monkeypatch.setattr(model.critic_target, "forward", lambda obs, actions: seen.append(actions) or forward(obs, actions))
+    model.train(10, 64)
+    actions = th.cat(seen)
+    assert len(actions) == 640 and 0.9 < actions.abs().max() <= 1
+
+
 def test_training_sees_the_entropy_that_the_policy_reports(make_model):
     model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv()).learn(30)
     model.train(50, 64)
