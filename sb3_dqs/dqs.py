@@ -223,7 +223,7 @@ class DQS(OffPolicyAlgorithm):
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
         # One target per transition of the batch; entropies of as many states as cost half of what a batch of samples costs
-        n_states = math.ceil(batch_size / N_ANCHORS)
+        n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
         n_entropies = min(n_states, math.ceil(batch_size / (2 * self.actor.action_dim)))
 
         for gradient_step in range(gradient_steps):

@@ -1,5 +1,6 @@
 """
-Entropy and log-density of a diffusion policy from the errors of its denoiser, by the I-MMSE relation
+Entropy of a diffusion policy from the Jacobian of its sampler (:func:`jacobian_entropies`), and its entropy and log-density
+from the errors of its denoiser, by the I-MMSE relation
 (Guo, Shamai and Verdu 2005, https://arxiv.org/abs/cs/0412108) and its pointwise form
 (Kong, Brekelmans and Ver Steeg 2023, https://arxiv.org/abs/2302.03792). With v = sigma^2,
 
