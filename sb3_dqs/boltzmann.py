@@ -22,12 +22,13 @@ N_ANCHORS = 4
 # reaches the corners of the box
 PRIOR_STD = 2.0
 # Effective sample size above which all targets come from the candidates; the fewer, the more come from the gradient, but
-# not all, because the gradient does not see the shares of the modes
+# not all, because the gradient does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
 ENOUGH_SAMPLES = 6.0
 MAX_STEP_SHARE = 0.75
-# Length of the longest step, in widths of p(u|x): without it, steep critics throw the policy about. Where it binds (among
-# distant modes at high noise, in a tenth to a third of the steps) it moves their mean from 0 to as much as 0.2
-MAX_STEP = 3.0
+# Lengths in widths of p(u|x): the steps are shortened by a common factor to this root mean square, and then those that are
+# still longer than the limit, which are few
+COMMON_STEP = 3.0
+MAX_STEP = 12.0
 
 
 def posterior_mean(
@@ -42,8 +43,8 @@ def posterior_mean(
     """
     ``E[u | x]``, for targets drawn at random by :func:`pooled_mean`, which compares the modes, or by
     :func:`gradient_step`, which sharpens them: the more of the latter, the fewer candidates have weight. Both are right
-    at the Boltzmann distribution, up to the limit of the step, so that their mixture hardly moves it; and the choice does
-    not depend on the mode, so that it does not move the shares.
+    at the Boltzmann distribution, so that their mixture hardly moves it; and the choice hardly depends on the mode
+    (its probability is one for all states of the batch), so that it does not move the shares.
 
     :param log_density: log-density of u up to a constant, differentiable
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
@@ -74,7 +75,7 @@ def pooled_mean(
     from (the anchor).
 
     If the anchors are distributed as pi, then the anchor is a draw from p(u|x), and few samples hardly move the fixed
-    point: exactly not for candidates drawn independently from the mixture (here each component gives its share).
+    point (not at all, if candidates were drawn independently from the mixture; here each component gives its share).
 
     :param log_density: log-density of u up to a constant, differentiable
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
@@ -82,7 +83,7 @@ def pooled_mean(
     :param sigma: noise levels, shape (n_states, n_anchors, 1)
     :param n_samples: number of values of ``log_density`` per target: one anchor, and the others proposed
     :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates, of shape
-        (n_states, n_anchors, n_anchors * n_samples)
+        (n_states, n_anchors, n_anchors * n_samples), those of the other anchors minus infinity
     """
     n_states, n_anchors, action_dim = x.shape
     # Product of the noise and of a broad prior: at high levels x itself lies far outside
@@ -147,8 +148,12 @@ def gradient_step(
         points = anchors.clone().requires_grad_(True)
         (gradient,) = th.autograd.grad(log_density(points).sum(), points)
     step = width * (gradient + (x - denoised) / sigma**2 + precision * (anchors - denoised))
-    step = step / (step.norm(dim=2, keepdim=True) / MAX_STEP).clamp(min=1)
-    return denoised + width * step
+    # Steep critics throw the policy about, hence a limit. A limit of each step by its own length would move their mean from
+    # zero; the lengths of the other anchors' steps, given x, know nothing of this one
+    squares = step.pow(2).sum(dim=2, keepdim=True)
+    others = (squares.sum(dim=1, keepdim=True) - squares) / max(x.shape[1] - 1, 1)
+    step = step * (COMMON_STEP / others.sqrt()).clamp(max=1)
+    return denoised + width * step * (MAX_STEP / step.norm(dim=2, keepdim=True)).clamp(max=1)
 
 
 def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:

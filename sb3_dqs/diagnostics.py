@@ -19,7 +19,6 @@ from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_dqs.boltzmann import effective_sample_size
-from sb3_dqs.diffusion import SIGMA_MIN
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import DQSPolicy
 
@@ -39,6 +38,8 @@ N_DIRECTIONS = 16
 # Proposals of importance sampling: kernels of these widths (in standard deviations of the policy's actions at the state)
 # around some of the policy's actions, and the uniform distribution; equal shares
 KERNEL_WIDTHS = (1.0, 1 / 4, 1 / 16)
+# of a standard deviation of at least this
+MIN_KERNEL_WIDTH = 0.01
 N_COMPONENTS = len(KERNEL_WIDTHS) + 1
 N_CENTERS = 128
 N_CANDIDATES = 4096
@@ -312,7 +313,7 @@ def kernel_widths(centers: th.Tensor) -> th.Tensor:
     :param centers: the policy's actions at one state, shape (n_centers, dim)
     :return: shape (len(KERNEL_WIDTHS), dim)
     """
-    return centers.new_tensor(KERNEL_WIDTHS).unsqueeze(1) * centers.std(dim=0).clamp(min=SIGMA_MIN)
+    return centers.new_tensor(KERNEL_WIDTHS).unsqueeze(1) * centers.std(dim=0).clamp(min=MIN_KERNEL_WIDTH)
 
 
 def sample_proposals(centers: th.Tensor, n_samples: int) -> th.Tensor:
@@ -337,7 +338,7 @@ def sample_truncated_normal(mean: th.Tensor, std: th.Tensor, uniforms: th.Tensor
     :param mean: means before truncation (they may lie outside the box)
     :param std: standard deviations before truncation
     :param uniforms: uniform numbers in [0, 1] of the shape of the result
-    :return: samples in [-1, 1], differentiable in ``mean`` and ``std``
+    :return: samples in [-1, 1]
     """
     # Mirror, so that the box lies in the lower tail, where the distribution function keeps its relative precision
     sign = th.where(mean > 0, 1.0, -1.0)

@@ -108,8 +108,9 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
 
 def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:
     """
-    Log-determinant of the Jacobian of ``a = tanh(u)``, in the form that does not underflow (as SAC, appendix C of
-    Haarnoja et al. 2018, https://arxiv.org/abs/1801.01290): ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``.
+    Log-determinant of the Jacobian of ``a = tanh(u)``, as in SAC (appendix C of Haarnoja et al. 2018,
+    https://arxiv.org/abs/1801.01290), in a form that does not underflow:
+    ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``.
 
     :param unsquashed: u, shape (..., action_dim)
     :return: its sum over the dimensions of the action, shape (...)

@@ -4,10 +4,10 @@ from the errors of its denoiser, by the I-MMSE relation
 (Guo, Shamai and Verdu 2005, https://arxiv.org/abs/cs/0412108) and its pointwise form
 (Kong, Brekelmans and Ver Steeg 2023, https://arxiv.org/abs/2302.03792). With v = sigma^2,
 
-    log pi(a) = E[log pi_max(a + sigma_max * eps)] + 1/2 * integral over log v of (d - E||a - D(x, sigma)||^2 / v)
+    log pi(u) = E[log pi_max(u + sigma_max * eps)] + 1/2 * integral over log v of (d - E||u - D(x, sigma)||^2 / v)
 
 from sigma_min to sigma_max, where the noisy policy pi_max is Gaussian to a good approximation; the entropy is the mean
-of -log pi(a). Units: nats, for unsquashed actions.
+of -log pi(u). Units: nats, for unsquashed actions u.
 
 For an exact denoiser the estimates are unbiased, up to what sigma_min hides; the errors of a real one are larger, and
 its entropy estimates too high.
@@ -21,19 +21,19 @@ import torch as th
 from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, log_det_tanh, log_uniform_levels
 
 LOG_VARIANCE_RANGE = 2 * math.log(SIGMA_MAX / SIGMA_MIN)
-# Cross-entropy of the noisy policy at sigma_max with a Gaussian of that width, per dimension. The policy beneath adds at
-# most 1 / (2 sigma_max^2) = 0.001 nats per dimension.
+# Cross-entropy of the noisy policy at sigma_max with a Gaussian of that width, per dimension. A policy of standard deviation
+# s adds about s^2 / (2 sigma_max^2) nats per dimension: 0.001 for uniform actions, at most 0.08.
 MAX_LEVEL_ENTROPY = 0.5 * math.log(2 * math.pi * math.e * SIGMA_MAX**2)
 
 
 def entropies(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor, policy_std: th.Tensor) -> th.Tensor:
     """
-    Estimates of ``-log pi(a)`` from one noise level each; their mean over actions of the policy is the entropy.
+    Estimates of ``-log pi(u)`` from one noise level each; their mean over actions of the policy is the entropy.
 
     The control variate has zero mean: at low noise levels the error is the noise itself, whose mean square is known.
     Its weight is the best one for a Gaussian policy.
 
-    :param errors: ``a - D(a + sigma * noise, sigma)``, shape (..., action_dim)
+    :param errors: ``u - D(u + sigma * noise, sigma)``, shape (..., action_dim)
     :param noise: standard normal noise, shape (..., action_dim)
     :param sigma: noise levels, log-uniform from sigma_min to sigma_max, shape (..., 1)
     :param policy_std: standard deviation of the policy, shape (action_dim,); a wrong one makes the estimates
@@ -47,7 +47,7 @@ def entropies(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor, policy_std:
 
 def log_density(
     denoise: Callable[[th.Tensor, th.Tensor], th.Tensor],
-    actions: th.Tensor,
+    unsquashed: th.Tensor,
     policy_std: th.Tensor,
     n_levels: int,
     n_noises: int,
@@ -56,24 +56,25 @@ def log_density(
     Log-density of the policy at given actions, a Monte Carlo estimate from ``n_levels * n_noises`` denoiser calls.
 
     :param denoise: the denoiser: from noisy actions (n, m, action_dim) and noise levels (n, m, 1) to (n, m, action_dim)
-    :param actions: actions in [-1, 1], shape (n, action_dim)
+    :param unsquashed: u, shape (n, action_dim)
     :param policy_std: standard deviation of the policy, shape (action_dim,); see :func:`entropies`
     :param n_levels: number of noise levels of the integral
     :param n_noises: number of noises per level
     :return: log-density in nats, shape (n,)
     """
-    strata = th.arange(n_levels, device=actions.device).repeat(n_noises)
-    quantiles = (strata + th.rand(len(actions), n_levels * n_noises, device=actions.device)) / n_levels
+    strata = th.arange(n_levels, device=unsquashed.device).repeat(n_noises)
+    quantiles = (strata + th.rand(len(unsquashed), n_levels * n_noises, device=unsquashed.device)) / n_levels
     sigma = log_uniform_levels(quantiles).unsqueeze(2)
-    noise = th.randn(*sigma.shape[:2], actions.shape[1], device=actions.device)
-    errors = actions.unsqueeze(1) - denoise(actions.unsqueeze(1) + sigma * noise, sigma)
+    noise = th.randn(*sigma.shape[:2], unsquashed.shape[1], device=unsquashed.device)
+    errors = unsquashed.unsqueeze(1) - denoise(unsquashed.unsqueeze(1) + sigma * noise, sigma)
     return -entropies(errors, noise, sigma, policy_std).mean(dim=1)
 
 
 def jacobian_entropies(unsquashed: th.Tensor, jacobian: th.Tensor) -> th.Tensor:
     """
-    Estimates of ``-log pi(a)`` for actions ``a = tanh(u)`` of the sampler, u a deterministic function of standard normal
-    latents z; their mean is the entropy of the policy. By the change of variables,
+    Numbers whose mean is the entropy of the policy: for actions ``a = tanh(u)`` of the sampler, u a deterministic function of
+    standard normal latents z, by the change of variables (as in normalizing flows; Rezende and Mohamed 2015,
+    https://arxiv.org/abs/1505.05770, equation (5)),
 
         H(a) = d/2 log(2 pi e) + E[1/2 log det(J J^T) + log det d tanh(u)/du],  J = du/dz
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dqs.diffusion import (
+    MAX_UNSQUASHED,
     SIGMA_BROAD,
     SIGMA_DATA,
     SIGMA_MIN,
@@ -66,7 +67,7 @@ class Actor(BasePolicy):
     latent_bank: th.Tensor
     held_latents: th.Tensor
     frequencies: th.Tensor
-    variance: th.Tensor
+    unsquashed_variance: th.Tensor
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class Actor(BasePolicy):
         uniforms = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_deterministic_samples)
         self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
         # Variance of the unsquashed action per dimension, averaged over states; at first that of the uniform policy
-        self.register_buffer("variance", th.full((self.action_dim,), SIGMA_DATA**2))
+        self.register_buffer("unsquashed_variance", th.full((self.action_dim,), SIGMA_DATA**2))
 
         # What use_sde=True holds: one latent per environment
         self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else th.zeros(1, 1), persistent=False)
@@ -143,7 +144,7 @@ class Actor(BasePolicy):
 
         :return: shape (action_dim,)
         """
-        return self.variance.sqrt().clamp(min=SIGMA_MIN)
+        return self.unsquashed_variance.sqrt().clamp(min=SIGMA_MIN)
 
     def update_std(self, errors: th.Tensor, sigma: th.Tensor) -> None:
         """
@@ -154,7 +155,7 @@ class Actor(BasePolicy):
         """
         is_high = (sigma >= SIGMA_BROAD).to(errors.dtype)
         variance = (is_high * errors.pow(2)).flatten(end_dim=-2).sum(dim=0) / is_high.sum().clamp(min=1)
-        self.variance.lerp_(variance, VARIANCE_UPDATE_RATE * is_high.sum().clamp(max=1))
+        self.unsquashed_variance.lerp_(variance, VARIANCE_UPDATE_RATE * is_high.sum().clamp(max=1))
 
     def reset_noise(self, batch_size: int = 1) -> None:
         """
@@ -228,13 +229,14 @@ class Actor(BasePolicy):
         """
 
         def denoise(x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-            return self.denoise(embedding.unsqueeze(1), x, sigma)
+            # Bounded as in the sampler
+            return self.denoise(embedding.unsqueeze(1), x, sigma).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
         return log_density(denoise, unsquashed, self.get_std(), n_levels, n_noises) - log_det_tanh(unsquashed)
 
     def entropies(self, embedding: th.Tensor, latents: th.Tensor, unsquashed: th.Tensor) -> th.Tensor:
         """
-        Estimates of ``-log pi(a)`` of sampled actions; see :func:`sb3_dqs.entropy.jacobian_entropies`. Each costs as much
+        Numbers whose mean is the entropy of the policy; see :func:`sb3_dqs.entropy.jacobian_entropies`. Each costs as much
         as action_dim samples.
 
         :param embedding: what ``embed()`` returned, shape (n, width)
@@ -568,7 +570,8 @@ class DQSPolicy(BasePolicy):
                 f"actions={actions!r} will not do: pass a tensor of shape {shape}, one action per observation, in [-1, 1]: "
                 "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
             )
-        return self.actor.log_prob(embedding, TanhBijector.inverse(actions.flatten(start_dim=1)), n_levels, n_noises)
+        unsquashed = TanhBijector.inverse(actions.to(embedding.dtype).flatten(start_dim=1))
+        return self.actor.log_prob(embedding, unsquashed.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), n_levels, n_noises)
 
     @th.no_grad()
     def entropy(self, obs: PyTorchObs, n_actions: int = 64) -> th.Tensor:
