@@ -23,7 +23,7 @@ N_ANCHORS = 4
 PRIOR_STD = 2.0
 # Effective sample size above which all targets come from the candidates; the fewer, the more come from the gradient, but
 # not all, because the gradient does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
-ENOUGH_SAMPLES = 6.0
+ENOUGH_SAMPLES = 5.0
 MAX_STEP_SHARE = 0.75
 # Lengths in widths of p(u|x): the steps are shortened by a common factor to this root mean square, and then those that are
 # still longer than the limit, which are few
