@@ -25,8 +25,8 @@ PRIOR_STD = 2.0
 # not all, because the gradient does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
 ENOUGH_SAMPLES = 5.0
 MAX_STEP_SHARE = 0.75
-# Lengths in widths of p(u|x): the steps are shortened by a common factor to this root mean square, and then those that are
-# still longer than the limit, which are few
+# Lengths in widths of p(u|x): a step is shortened by the factor that would bring the gradients at the other anchors to the
+# first on average, and then, if it is longer still, to the second
 COMMON_STEP = 3.0
 MAX_STEP = 12.0
 
@@ -148,11 +148,11 @@ def gradient_step(
         points = anchors.clone().requires_grad_(True)
         (gradient,) = th.autograd.grad(log_density(points).sum(), points)
     step = width * (gradient + (x - denoised) / sigma**2 + precision * (anchors - denoised))
-    # Steep critics throw the policy about, hence a limit. A limit of each step by its own length would move their mean from
-    # zero; the lengths of the other anchors' steps, given x, know nothing of this one
-    squares = step.pow(2).sum(dim=2, keepdim=True)
+    # Steep energies throw the policy about, hence a limit. A limit of each step by its own length would move their mean from
+    # zero; the gradients at the other anchors, given x, know nothing of this one
+    squares = gradient.clamp(-1e15, 1e15).pow(2)  # finite
     others = (squares.sum(dim=1, keepdim=True) - squares) / max(x.shape[1] - 1, 1)
-    step = step * (COMMON_STEP / others.sqrt()).clamp(max=1)
+    step = step * (COMMON_STEP / (width**2 * others).sum(dim=2, keepdim=True).sqrt()).clamp(max=1)
     return denoised + width * step * (MAX_STEP / step.norm(dim=2, keepdim=True)).clamp(max=1)
 
 
