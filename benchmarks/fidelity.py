@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from sb3_dqs.boltzmann import N_ANCHORS, LogDensity, effective_sample_size
 from sb3_dqs.diffusion import (
     MAX_UNSQUASHED,
-    SIGMA_MIN,
     edm_scalings,
     log_det_tanh,
     sampling_levels,
@@ -272,12 +271,6 @@ def exact_denoiser(target: Target, n_cells: int = 400) -> Denoiser:
     return denoise
 
 
-def karras_levels(n_levels: int, high: float = 4.0, rho: float = 7.0) -> list[float]:
-    """Karras et al. (2022, https://arxiv.org/abs/2206.00364), equation (5)."""
-    ends = high ** (1 / rho), SIGMA_MIN ** (1 / rho)
-    return [(ends[0] + i / (n_levels - 1) * (ends[1] - ends[0])) ** rho for i in range(n_levels)]
-
-
 def solve_ode(denoise: Denoiser, latents: th.Tensor, levels: list[float]) -> th.Tensor:
     """The package's solver."""
     return solve_reverse_ode(lambda x, step: denoise(x, levels[step]), latents, levels)
@@ -295,7 +288,6 @@ def solve_ancestral(denoise: Denoiser, latents: th.Tensor, levels: list[float]) 
 SOLVERS: dict[str, Solver] = {
     "ODE": lambda denoise, latents, n: solve_ode(denoise, latents, sampling_levels(n)),
     "ancestral": lambda denoise, latents, n: solve_ancestral(denoise, latents, sampling_levels(n)),
-    "ODE, from 4": lambda denoise, latents, n: solve_ode(denoise, latents, karras_levels(n)),
 }
 
 

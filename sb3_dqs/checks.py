@@ -21,7 +21,7 @@ SCORE_TARGETS = ("posterior_mean", "energy_gradient")
 BACKUPS = ("soft", "hard")
 
 
-def _is_int(value: Any, low: int) -> bool:
+def is_int(value: Any, low: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
 
 
@@ -34,29 +34,29 @@ def _is_real(value: Any, low: float = -math.inf, high: float = math.inf) -> bool
 def _is_net_arch(value: Any) -> bool:
     if isinstance(value, dict):
         return set(value) == {"pi", "qf"} and all(_is_net_arch(layers) for layers in value.values())
-    return value is None or (isinstance(value, list) and all(_is_int(width, 1) for width in value))
+    return value is None or (isinstance(value, list) and all(is_int(width, 1) for width in value))
 
 
 def _is_train_freq(value: Any) -> bool:
     frequency, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
-    return _is_int(frequency, 1) and getattr(unit, "value", unit) in ("step", "episode")  # the unit of SB3 is an Enum
+    return is_int(frequency, 1) and getattr(unit, "value", unit) in ("step", "episode")  # the unit of SB3 is an Enum
 
 
 # Argument: (test, what it must be)
 ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: callable(v) or _is_real(v, 0), "a number >= 0 or a function of the remaining progress"),
-    "buffer_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "buffer_size": (lambda v: is_int(v, 1), "an integer >= 1"),
     "learning_starts": (lambda v: _is_real(v, 0), "a number >= 0"),
-    "batch_size": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "batch_size": (lambda v: is_int(v, 1), "an integer >= 1"),
     "tau": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
     "gamma": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
-    "gradient_steps": (lambda v: _is_int(v, -1), "an integer >= 0, or -1 for as many as steps in the environment"),
-    "n_steps": (lambda v: _is_int(v, 1), "an integer >= 1"),
-    "target_update_interval": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "gradient_steps": (lambda v: is_int(v, -1), "an integer >= 0, or -1 for as many as steps in the environment"),
+    "n_steps": (lambda v: is_int(v, 1), "an integer >= 1"),
+    "target_update_interval": (lambda v: is_int(v, 1), "an integer >= 1"),
     "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
-    "sde_sample_freq": (lambda v: v == -1 or _is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
-    "n_mc_samples": (lambda v: _is_int(v, 2), "an integer >= 2"),
-    "diffusion_steps": (lambda v: _is_int(v, 3), "an integer >= 3"),
+    "sde_sample_freq": (lambda v: v == -1 or is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
+    "n_mc_samples": (lambda v: is_int(v, 2), "an integer >= 2"),
+    "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
@@ -67,8 +67,8 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
-    "n_critics": (lambda v: _is_int(v, 1), "an integer >= 1"),
-    "n_deterministic_samples": (lambda v: _is_int(v, 1), "an integer >= 1"),
+    "n_critics": (lambda v: is_int(v, 1), "an integer >= 1"),
+    "n_deterministic_samples": (lambda v: is_int(v, 1), "an integer >= 1"),
     "best_of_n_by_q": (lambda v: isinstance(v, bool), "True or False"),
     "share_features_extractor": (lambda v: isinstance(v, bool), "True or False"),
     "activation_fn": (lambda v: isinstance(v, type) and issubclass(v, nn.Module), "a class such as torch.nn.ReLU"),

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_dqs.boltzmann import effective_sample_size
-from sb3_dqs.dqs import DQS
+from sb3_dqs.checks import is_int
+from sb3_dqs.dqs import DQS, slice_observations
 from sb3_dqs.policies import DQSPolicy
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class DiagnosticCallback(BaseCallback):
         self.logger.record("diagnostics/entropy_gap", diagnosis.entropy_gap)
         self.logger.record("diagnostics/ent_coef", _temperature(model))
         if self.log_figure:
-            figure = _plot(model, _row(obs, 0), self.dims, n_actions=1000)
+            figure = _plot(model, slice_observations(obs, slice(0, 1)), self.dims, n_actions=1000)
             exclude = ("stdout", "log", "json", "csv")
             self.logger.record("diagnostics/policy", LoggedFigure(figure, close=False), exclude=exclude)
         # As EvalCallback, so that each diagnosis is written, with its own step
@@ -416,7 +416,7 @@ def _diagnose(model: DQS, obs: PyTorchObs, n_actions: int) -> Diagnosis:
     distances, shares, policy_entropies, boltzmann_entropies = [], [], [], []
     with evaluation_mode(model.policy), th.no_grad():
         for index in range(_length(obs)):  # one by one, so that the memory does not depend on the number of states
-            state = _row(obs, index)
+            state = slice_observations(obs, slice(index, index + 1))
             actions, log_density = _policy_and_density(model, state, n_actions)
             _, log_weights, entropy = importance_sample(log_density, actions[:N_CENTERS], N_CANDIDATES)
             if actions.shape[1] in GRID_CELLS:
@@ -532,24 +532,14 @@ def _length(obs: PyTorchObs) -> int:
     return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
-def _row(obs: PyTorchObs, index: int) -> PyTorchObs:
-    if isinstance(obs, dict):
-        return {name: part[index : index + 1] for name, part in obs.items()}
-    return obs[index : index + 1]
-
-
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
-
-
 def _check_int(name: str, value: Any, low: int) -> None:
-    if not _is_int(value, low):
+    if not is_int(value, low):
         raise ValueError(f"{name}={value!r} will not do: it must be an integer >= {low}.")
 
 
 def _check_dims(dims: Any, action_dim: int) -> None:
     is_pair = isinstance(dims, tuple | list) and len(dims) == 2 and dims[0] != dims[1]
-    if action_dim > 1 and not (is_pair and all(_is_int(dim, 0) and dim < action_dim for dim in dims)):
+    if action_dim > 1 and not (is_pair and all(is_int(dim, 0) and dim < action_dim for dim in dims)):
         raise ValueError(f"dims={dims!r} will not do: pass two different ones of the action dimensions 0 to {action_dim - 1}.")
 
 

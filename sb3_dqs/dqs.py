@@ -256,7 +256,7 @@ class DQS(OffPolicyAlgorithm):
             logs["critic_loss"].append(critic_loss.detach())
 
             # Draw actions of the current policy, several per state
-            observations = first_observations(replay_data.observations, n_states)
+            observations = slice_observations(replay_data.observations, slice(n_states))
             embedding = self.actor.embed(observations).unsqueeze(1)
             latents = th.randn(n_states, N_ANCHORS, self.actor.action_dim, device=self.device)
             with th.no_grad():
@@ -408,12 +408,12 @@ class DQS(OffPolicyAlgorithm):
         return state_dicts, []
 
 
-def first_observations(obs: th.Tensor | TensorDict, n: int) -> th.Tensor | TensorDict:
+def slice_observations(obs: PyTorchObs, rows: slice) -> PyTorchObs:
     """
-    The first of a batch of observations.
+    Some of a batch of observations.
 
     :param obs: Observation
-    :param n: how many
+    :param rows: which
     :return: observations of the same kind
     """
-    return {key: value[:n] for key, value in obs.items()} if isinstance(obs, dict) else obs[:n]
+    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]

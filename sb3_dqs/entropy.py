@@ -26,7 +26,7 @@ LOG_VARIANCE_RANGE = 2 * math.log(SIGMA_MAX / SIGMA_MIN)
 MAX_LEVEL_ENTROPY = 0.5 * math.log(2 * math.pi * math.e * SIGMA_MAX**2)
 
 
-def entropies(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor, policy_std: th.Tensor) -> th.Tensor:
+def immse_entropies(errors: th.Tensor, noise: th.Tensor, sigma: th.Tensor, policy_std: th.Tensor) -> th.Tensor:
     """
     Estimates of ``-log pi(u)`` from one noise level each; their mean over actions of the policy is the entropy.
 
@@ -57,7 +57,7 @@ def log_density(
 
     :param denoise: the denoiser: from noisy actions (n, m, action_dim) and noise levels (n, m, 1) to (n, m, action_dim)
     :param unsquashed: u, shape (n, action_dim)
-    :param policy_std: standard deviation of the policy, shape (action_dim,); see :func:`entropies`
+    :param policy_std: standard deviation of the policy, shape (action_dim,); see :func:`immse_entropies`
     :param n_levels: number of noise levels of the integral
     :param n_noises: number of noises per level
     :return: log-density in nats, shape (n,)
@@ -67,7 +67,7 @@ def log_density(
     sigma = log_uniform_levels(quantiles).unsqueeze(2)
     noise = th.randn(*sigma.shape[:2], unsquashed.shape[1], device=unsquashed.device)
     errors = unsquashed.unsqueeze(1) - denoise(unsquashed.unsqueeze(1) + sigma * noise, sigma)
-    return -entropies(errors, noise, sigma, policy_std).mean(dim=1)
+    return -immse_entropies(errors, noise, sigma, policy_std).mean(dim=1)
 
 
 def jacobian_entropies(unsquashed: th.Tensor, jacobian: th.Tensor) -> th.Tensor:

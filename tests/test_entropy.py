@@ -7,7 +7,7 @@ import quadrature
 import torch as th
 
 from sb3_dqs.diffusion import SIGMA_MIN, log_det_tanh, training_levels
-from sb3_dqs.entropy import entropies, jacobian_entropies, log_density
+from sb3_dqs.entropy import immse_entropies, jacobian_entropies, log_density
 
 TOLERANCE = 0.05  # nats per dimension
 N_STANDARD_ERRORS = 4
@@ -66,7 +66,7 @@ def test_entropies_of_a_batch(case, policy_std, action_dim):
     n //= action_dim
     actions, sigma, noise = draw(n, action_dim), training_levels(1, n)[0], th.randn(n, action_dim)
     errors = actions - denoise(actions + sigma * noise, sigma)
-    estimate = entropies(errors, noise, sigma, th.full((action_dim,), policy_std)).mean()
+    estimate = immse_entropies(errors, noise, sigma, th.full((action_dim,), policy_std)).mean()
     assert estimate.item() / action_dim == pytest.approx(entropy, abs=tolerance)
 
 
