@@ -4,7 +4,9 @@ Is the entropy that the policy reports that of its actions?
     python benchmarks/entropy.py Hopper-v5 benchmarks/results/returns/DQS_Hopper-v5_20000_0.zip
 
 Runs the saved model (of ``returns.py``), and at 20 of its states compares ``policy.entropy`` with the nearest-neighbour
-estimate from 2,000 actions (Kozachenko and Leonenko 1987; here the third neighbour), in nats. Takes seconds.
+estimate from 2,000 actions (Kozachenko and Leonenko 1987; here the third neighbour), in nats. Neighbours are those before
+the tanh, whose mean log-determinant is added: near the bounds of the box a density changes over many scales, and
+neighbours there say too much. Takes seconds.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma, gammaln
 
 from sb3_dqs import DQS
+from sb3_dqs.diffusion import log_det_tanh
 
 N_ACTIONS, N_STATES, NEIGHBOUR = 2000, 20, 3
 
@@ -23,7 +26,7 @@ N_ACTIONS, N_STATES, NEIGHBOUR = 2000, 20, 3
 def nearest_neighbour_entropy(samples: np.ndarray, rng: np.random.Generator) -> float:
     """Differential entropy of the distribution of the samples, shape (n_samples, dim)."""
     n_samples, dim = samples.shape
-    samples = samples + 1e-4 * rng.standard_normal(samples.shape)  # actions at the bounds are equal
+    samples = samples + 1e-4 * rng.standard_normal(samples.shape)  # none are equal
     distances = cKDTree(samples).query(samples, NEIGHBOUR + 1)[0][:, NEIGHBOUR]
     log_ball = dim / 2 * np.log(np.pi) - gammaln(dim / 2 + 1)
     return float(dim * np.log(distances).mean() + digamma(n_samples) - digamma(NEIGHBOUR) + log_ball)
@@ -47,9 +50,13 @@ def main() -> None:
         if terminated or truncated:
             obs, _ = env.reset()
     states = th.as_tensor(np.array(observations), dtype=th.float32)
+    neighbours = 0.0
     with th.no_grad():
-        actions = [model.policy(state.expand(N_ACTIONS, -1)).numpy() for state in states]
-    neighbours = np.mean([nearest_neighbour_entropy(samples, rng) for samples in actions])
+        for state in states:
+            embedding = model.actor.embed(state.expand(N_ACTIONS, -1))
+            unsquashed = model.actor.sample_unsquashed(embedding, th.randn(N_ACTIONS, model.actor.action_dim))
+            log_det = log_det_tanh(unsquashed).mean().item()
+            neighbours += (nearest_neighbour_entropy(unsquashed.numpy(), rng) + log_det) / N_STATES
     print(f"{args.env}: policy.entropy {model.policy.entropy(states).mean():.1f}, nearest neighbours {neighbours:.1f}")
 
 
