@@ -162,7 +162,8 @@ def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_s
     ``x + sigma^2 * grad_x log mean_k pi(u_k)`` with ``u_k ~ N(x, sigma^2)``
     (Akhound-Sadegh et al. 2024, https://arxiv.org/abs/2402.06121, equation (8); Jain et al. 2025,
     https://arxiv.org/abs/2410.01312). Here of unsquashed actions, with the log-determinant of the squashing, which the
-    public code of the paper leaves out.
+    public code of the paper leaves out; and with the samples drawn from the product of N(x, sigma^2) and a broad normal
+    prior, by which they are divided again, because at high noise few of the former would be near the policy.
 
     :param log_density: log-density of u up to a constant, differentiable
     :param x: noisy actions, shape (n_states, n_anchors, action_dim)
@@ -172,12 +173,17 @@ def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_s
         (n_states, n_anchors, n_samples)
     """
     noise = th.randn(*x.shape[:2], n_samples, x.shape[2], device=x.device)
+    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
     with th.enable_grad():
         x = x.detach().requires_grad_(True)
-        samples = x.unsqueeze(2) + sigma.unsqueeze(2) * noise
+        samples = (x * shrinkage).unsqueeze(2) + (sigma * shrinkage.sqrt()).unsqueeze(2) * noise
         log_weights = log_density(samples.flatten(1, 2)).reshape(noise.shape[:3])
+        log_weights = log_weights + (samples / PRIOR_STD).pow(2).sum(dim=3) / 2
         (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=2).sum(), x)
-    target = (x.detach() + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+    x = x.detach()
+    # The noised prior, N(0, prior_std^2 + sigma^2), in front of the mean
+    score = score - x / (PRIOR_STD**2 + sigma**2)
+    target = (x + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
     return target, th.log_softmax(log_weights.detach(), dim=2)
 
 

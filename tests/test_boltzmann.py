@@ -13,13 +13,14 @@ from sb3_dqs.boltzmann import (
     MAX_STEP,
     MAX_STEP_SHARE,
     N_ANCHORS,
+    PRIOR_STD,
     effective_sample_size,
     energy_gradient,
     gradient_step,
     pooled_mean,
     posterior_mean,
 )
-from sb3_dqs.diffusion import MAX_UNSQUASHED, training_levels
+from sb3_dqs.diffusion import training_levels
 
 # A test with this many standard errors fails by chance once in 16,000 runs
 N_STANDARD_ERRORS = 4
@@ -197,13 +198,14 @@ class TestPosteriorMean:
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])
-def test_energy_gradient_of_a_linear_log_density_is_exact(sigma):
-    """A normal distribution moved by sigma^2 times the slope, with any number of samples."""
+def test_energy_gradient_of_a_broad_gaussian_is_exact(sigma):
+    """Of the width of the prior, and anywhere: with any number of samples."""
     x, sigmas = th.randn(20, 3, 2), th.full((20, 3, 1), sigma)
-    target, log_weights = energy_gradient(lambda u: SLOPE * u.sum(dim=2), x, sigmas, 4)
-    assert th.allclose(target, (x + sigma**2 * SLOPE).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), atol=1e-5)
-    _, log_weights = energy_gradient(lambda u: 0 * u.sum(dim=2), x, sigmas, 4)
-    assert th.allclose(effective_sample_size(log_weights), th.full((20, 3), 4.0))
+    for mean in (0.0, 1.5):
+        target, log_weights = energy_gradient(gaussian(mean, PRIOR_STD), x, sigmas, 4)
+        expected = mean + PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2) * (x - mean)
+        assert th.allclose(target, expected, atol=1e-5)
+        assert mean != 0 or th.allclose(effective_sample_size(log_weights), th.full((20, 3), 4.0))
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
