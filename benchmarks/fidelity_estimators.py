@@ -1,8 +1,8 @@
 """
 Estimators of the denoiser's regression target for fidelity.py: those of the package and peers from other papers.
 
-All have one signature, ``(log_density, anchors, denoised, x, sigma, policy_std, n_samples) -> (target, log_weights)``,
-that of :func:`sb3_dqs.boltzmann.posterior_mean`, whose docstring says what the arguments are.
+In ``ESTIMATORS`` all have the signature of :func:`sb3_dqs.boltzmann.posterior_mean`, whose docstring says what the
+arguments are.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch as th
 
-from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, energy_gradient, posterior_mean
+from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, broad_proposal, energy_gradient, posterior_mean
 from sb3_dqs.diffusion import MAX_UNSQUASHED
 
 EstimatorFn = Callable[[LogDensity, th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]
@@ -27,40 +27,23 @@ class Estimator:
     n_samples: int = 0
 
 
-def paper(
-    log_density: LogDensity,
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-    n_samples: int,
-) -> tuple[th.Tensor, th.Tensor]:
-    """The paper's; see :func:`sb3_dqs.boltzmann.energy_gradient`."""
-    return energy_gradient(log_density, x, sigma, n_samples)
+def of_noisy_actions(estimate: Callable[[LogDensity, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]) -> EstimatorFn:
+    """The common signature for an estimator that needs ``(log_density, x, sigma, n_samples)`` alone."""
+    return lambda log_density, anchors, denoised, x, sigma, policy_std, n_samples: estimate(log_density, x, sigma, n_samples)
 
 
 def propose(x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    Samples around the noisy action, from the product of its noise and a broad normal prior (without the prior none would
-    be near the box at high noise), of shape (n_states, n_anchors, n_samples, action_dim), and what the prior adds to
-    their log-weights.
+    Samples from :func:`sb3_dqs.boltzmann.broad_proposal`, of shape (n_states, n_anchors, n_samples, action_dim), and what its
+    prior adds to their log-weights.
     """
-    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
+    center, width = broad_proposal(x, sigma)
     noise = th.randn(*x.shape[:2], n_samples, x.shape[2])
-    samples = (x * shrinkage).unsqueeze(2) + (sigma * shrinkage.sqrt()).unsqueeze(2) * noise
+    samples = center.unsqueeze(2) + width.unsqueeze(2) * noise
     return samples, (samples / PRIOR_STD).pow(2).sum(dim=3) / 2
 
 
-def forward_only(
-    log_density: LogDensity,
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-    n_samples: int,
-) -> tuple[th.Tensor, th.Tensor]:
+def forward_only(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
     Self-normalised importance sampling around x, values of Q alone
     (the noise expectation of Ma et al. 2025, "SDAC", https://arxiv.org/abs/2502.00361, and
@@ -72,15 +55,7 @@ def forward_only(
     return (log_weights.exp().unsqueeze(3) * samples).sum(dim=2), log_weights
 
 
-def control_variate(
-    log_density: LogDensity,
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-    n_samples: int,
-) -> tuple[th.Tensor, th.Tensor]:
+def control_variate(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
     :func:`forward_only` plus a Stein term of zero mean, the gradient of log p(u|x), with the coefficient that fits best to
     the same samples (Li, Tang and Azizan 2026, "Reverse Flow Matching", https://arxiv.org/abs/2601.08136).
@@ -104,15 +79,7 @@ def control_variate(
     return (mean(samples) - coefficient * mean(stein)).squeeze(2).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), log_weights
 
 
-def q_score(
-    log_density: LogDensity,
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-    n_samples: int,
-) -> tuple[th.Tensor, th.Tensor]:
+def q_score(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
     """
     The score of the noisy policy taken for the gradient of Q at the noisy action, at every noise level: no samples
     (Psenka et al. 2024, "Q-score matching", https://arxiv.org/abs/2312.11752).
@@ -127,12 +94,12 @@ ESTIMATORS = {
     "posterior mean, K=8": Estimator(posterior_mean, 8),
     "posterior mean, K=16": Estimator(posterior_mean, 16),
     "posterior mean, K=64": Estimator(posterior_mean, 64),
-    "energy gradient, K=64": Estimator(paper, 64),
-    "energy gradient, K=1000": Estimator(paper, 1000),
-    "forward only, K=16": Estimator(forward_only, 16),
-    "forward only, K=64": Estimator(forward_only, 64),
-    "control variate, K=64": Estimator(control_variate, 64),
-    "Q-score matching": Estimator(q_score, 1),
+    "energy gradient, K=64": Estimator(of_noisy_actions(energy_gradient), 64),
+    "energy gradient, K=1000": Estimator(of_noisy_actions(energy_gradient), 1000),
+    "forward only, K=16": Estimator(of_noisy_actions(forward_only), 16),
+    "forward only, K=64": Estimator(of_noisy_actions(forward_only), 64),
+    "control variate, K=64": Estimator(of_noisy_actions(control_variate), 64),
+    "Q-score matching": Estimator(of_noisy_actions(q_score), 1),
     # Trained otherwise: SAC's policy, and the same denoiser on exact samples: the limit of network and solver
     "tanh Gaussian": Estimator(),
     "exact samples": Estimator(),

@@ -86,11 +86,9 @@ def pooled_mean(
         (n_states, n_anchors, n_anchors * n_samples), those of the other anchors minus infinity
     """
     n_states, n_anchors, action_dim = x.shape
-    # Product of the noise and of a broad prior: at high levels x itself lies far outside
-    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
-    width = sigma * shrinkage.sqrt()
+    start, width = broad_proposal(x, sigma)
     with th.enable_grad():
-        start = (x * shrinkage).requires_grad_(True)
+        start.requires_grad_(True)
         log_posterior = log_density(start) + log_normal(start, x, sigma)
         (gradient,) = th.autograd.grad(log_posterior.sum(), start)
     # The step is at most one width in each dimension, however steep the energy
@@ -173,10 +171,10 @@ def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_s
         (n_states, n_anchors, n_samples)
     """
     noise = th.randn(*x.shape[:2], n_samples, x.shape[2], device=x.device)
-    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
     with th.enable_grad():
         x = x.detach().requires_grad_(True)
-        samples = (x * shrinkage).unsqueeze(2) + (sigma * shrinkage.sqrt()).unsqueeze(2) * noise
+        center, width = broad_proposal(x, sigma)
+        samples = center.unsqueeze(2) + width.unsqueeze(2) * noise
         log_weights = log_density(samples.flatten(1, 2)).reshape(noise.shape[:3])
         log_weights = log_weights + (samples / PRIOR_STD).pow(2).sum(dim=3) / 2
         (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=2).sum(), x)
@@ -185,6 +183,19 @@ def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_s
     score = score - x / (PRIOR_STD**2 + sigma**2)
     target = (x + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
     return target, th.log_softmax(log_weights.detach(), dim=2)
+
+
+def broad_proposal(x: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Product of the noise N(x, sigma^2) and of a broad prior N(0, prior_std^2): a normal distribution that is near the policy
+    also at high noise, where x itself lies far outside.
+
+    :param x: noisy actions, shape (..., action_dim)
+    :param sigma: noise levels, shape (..., 1)
+    :return: its mean, shape (..., action_dim), and its standard deviation, shape (..., 1)
+    """
+    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
+    return x * shrinkage, sigma * shrinkage.sqrt()
 
 
 def log_normal(u: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
