@@ -14,22 +14,12 @@ import argparse
 import gymnasium as gym
 import numpy as np
 import torch as th
-from scipy.spatial import cKDTree
-from scipy.special import digamma, gammaln
+from nearest_neighbours import nearest_neighbour_entropy
 
 from sb3_dqs import DQS
 from sb3_dqs.diffusion import log_det_tanh
 
-N_ACTIONS, N_STATES, NEIGHBOUR = 2000, 20, 3
-
-
-def nearest_neighbour_entropy(samples: np.ndarray, rng: np.random.Generator) -> float:
-    """Differential entropy of the distribution of the samples, shape (n_samples, dim)."""
-    n_samples, dim = samples.shape
-    samples = samples + 1e-4 * rng.standard_normal(samples.shape)  # none are equal
-    distances = cKDTree(samples).query(samples, NEIGHBOUR + 1)[0][:, NEIGHBOUR]
-    log_ball = dim / 2 * np.log(np.pi) - gammaln(dim / 2 + 1)
-    return float(dim * np.log(distances).mean() + digamma(n_samples) - digamma(NEIGHBOUR) + log_ball)
+N_ACTIONS, N_STATES = 2000, 20
 
 
 def main() -> None:
@@ -40,7 +30,7 @@ def main() -> None:
     th.set_num_threads(1)
     th.manual_seed(0)
 
-    model, env, rng = DQS.load(args.model, device="cpu", buffer_size=1), gym.make(args.env), np.random.default_rng(0)
+    model, env = DQS.load(args.model, device="cpu", buffer_size=1), gym.make(args.env)
     observations, (obs, _) = [], env.reset(seed=0)
     for step in range(20 * N_STATES):
         if step % 20 == 0:
@@ -56,7 +46,7 @@ def main() -> None:
             embedding = model.actor.embed(state.expand(N_ACTIONS, -1))
             unsquashed = model.actor.sample_unsquashed(embedding, th.randn(N_ACTIONS, model.actor.action_dim))
             log_det = log_det_tanh(unsquashed).mean().item()
-            neighbours += (nearest_neighbour_entropy(unsquashed.numpy(), rng) + log_det) / N_STATES
+            neighbours += (nearest_neighbour_entropy(unsquashed) + log_det) / N_STATES
     print(f"{args.env}: policy.entropy {model.policy.entropy(states).mean():.1f}, nearest neighbours {neighbours:.1f}")
 
 

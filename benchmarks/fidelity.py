@@ -8,7 +8,7 @@ per estimator of the regression target, with the same steps. Prints the sliced W
 exact samples over that between two exact sets (1 is perfect), the errors of the mode shares and the entropy, and the
 cost. The row "exact samples" is ordinary denoising of such samples: the limit of network and solver. Then prints what
 the solver alone does with an exact denoiser, and saves a figure. Each result is written to ``--out`` as it ends and not
-computed again (remove the folder after a change of the code). Takes a quarter of an hour on two cores.
+computed again (remove the folder after a change of the code). Some twenty seconds of one core per estimator and target.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch as th
 from fidelity_estimators import ESTIMATORS, Estimator
 from fidelity_targets import TARGETS, Target, box_grid, make_target
 from gymnasium import spaces
+from nearest_neighbours import nearest_neighbour_entropy
 from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional as F
@@ -53,7 +54,7 @@ INITIAL_ENT_COEF, ANNEALED = 20.0, 0.5
 # The Gaussian has two parameters per dimension and needs larger steps than a network
 GAUSSIAN_LEARNING_RATE = 2e-2
 # The distance of finite sets is itself noisy: medians of a few
-N_ACTIONS, N_REPEATS, NEIGHBOUR = 5000, 5, 3
+N_ACTIONS, N_REPEATS = 5000, 5
 DEFAULT, PAPER = "posterior mean, K=8", "energy gradient, K=64"
 # Takes minutes per target: only where it is cheapest, unless asked for by name
 DEAR, DEAR_TARGETS = "energy gradient, K=1000", ("two modes 1-D", "four modes 2-D")
@@ -177,16 +178,6 @@ def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_projections: int =
     directions = directions / directions.norm(dim=1, keepdim=True)
     gaps = (directions @ first.T).sort(dim=1).values - (directions @ second.T).sort(dim=1).values
     return gaps.abs().mean().item()
-
-
-def nearest_neighbour_entropy(samples: th.Tensor) -> float:
-    """Differential entropy from the distances to the third neighbours (Kozachenko and Leonenko 1987)."""
-    n, dim = samples.shape
-    samples = samples.double() + 1e-4 * th.randn(n, dim)  # actions at the bounds are equal
-    distances = [th.cdist(part, samples).topk(NEIGHBOUR + 1, largest=False).values[:, -1] for part in samples.split(1000)]
-    log_ball = dim / 2 * np.log(np.pi) - th.lgamma(th.tensor(dim / 2 + 1)).item()
-    digammas = th.digamma(th.tensor([float(n), float(NEIGHBOUR)]))
-    return dim * th.cat(distances).log().mean().item() + (digammas[0] - digammas[1]).item() + log_ball
 
 
 def mode_shares(actions: th.Tensor, modes: th.Tensor) -> th.Tensor:
