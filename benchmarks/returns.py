@@ -5,7 +5,7 @@ Returns of DQS beside SAC, both with their defaults, in the same run.
 
 Each training writes its result to ``--out`` as it ends, and one that has a result there is not run again
 (remove the folder after a change of the code or of --episodes).
-Prints a table of the final deterministic returns and of the last logged scalars, and saves the learning curves.
+Prints a table of the final deterministic returns and of the scalars of the last 500 steps, and saves the learning curves.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ALGORITHMS = {"DQS": DQS, "SAC": SAC}
+WINDOW = 500
 SCALARS = ("train/ent_coef", "train/entropy", "train/ess")
 
 
 class Recorder(BaseCallback):
-    """Keeps the returns of the training episodes and the logged scalars."""
+    """Keeps the returns of the training episodes and the logged scalars, as means of ``WINDOW`` steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.episodes: list[tuple[int, float]] = []
         self.scalars: list[dict[str, float]] = []
+        self.window: dict[str, list[float]] = defaultdict(list)
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -51,9 +54,12 @@ class Recorder(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        logged = self.logger.name_to_value
-        if self.num_timesteps % 500 == 0 and "train/ent_coef" in logged:
-            self.scalars.append({"step": self.num_timesteps} | {k: float(logged[k]) for k in SCALARS if k in logged})
+        for key in SCALARS:
+            if key in self.logger.name_to_value:
+                self.window[key].append(float(self.logger.name_to_value[key]))
+        if self.num_timesteps % WINDOW == 0:
+            self.scalars.append({"step": self.num_timesteps} | {key: float(np.mean(v)) for key, v in self.window.items()})
+            self.window.clear()
 
 
 def train(

@@ -21,10 +21,10 @@ N_ANCHORS = 4
 # Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
 # reaches the corners of the box
 PRIOR_STD = 2.0
-# Effective sample size above which all targets come from the candidates; the fewer, the more come from the gradient, but
-# not all, because the gradient does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
-ENOUGH_SAMPLES = 5.0
-MAX_STEP_SHARE = 0.75
+# Effective sample sizes from which on all targets come from the candidates, and below which all come from the gradient,
+# which does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
+ENOUGH_SAMPLES = 4.0
+TOO_FEW_SAMPLES = 2.5
 # Lengths in widths of p(u|x): a step is shortened by the factor that would bring the gradients at the other anchors to the
 # first on average, and then, if it is longer still, to the second
 COMMON_STEP = 3.0
@@ -57,8 +57,8 @@ def posterior_mean(
         (n_states, n_anchors, n_anchors * n_samples)
     """
     target, log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
-    step_share = 2 - 2 * effective_sample_size(log_weights).mean() / ENOUGH_SAMPLES
-    is_step = th.rand_like(sigma) < step_share.clamp(max=MAX_STEP_SHARE)
+    step_share = (ENOUGH_SAMPLES - effective_sample_size(log_weights).mean()) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
+    is_step = th.rand_like(sigma) < step_share
     return th.where(is_step, gradient_step(log_density, anchors, denoised, x, sigma, policy_std), target), log_weights
 
 

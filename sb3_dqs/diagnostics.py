@@ -1,7 +1,7 @@
 """
 How far are the policy's actions from the Boltzmann distribution of the critic, ``exp(Q(s, a) / ent_coef) / Z(s)``?
 
-Q is the smallest of the critics and ``ent_coef`` the present temperature: the policy is compared with what it is being
+Q is the first of the critics and ``ent_coef`` the present temperature: the policy is compared with what it is being
 trained towards now, not with the best policy of the environment. Actions are those scaled to [-1, 1]^d.
 """
 
@@ -407,7 +407,7 @@ def _policy_and_density(model: DQS, obs: PyTorchObs, n_actions: int) -> tuple[th
     features = critic.extract_features(obs, critic.features_extractor)
 
     def log_density(candidates: th.Tensor) -> th.Tensor:
-        return critic.min_q_values(features, candidates.float().unsqueeze(0)).squeeze(0).double() / ent_coef
+        return critic.q1_values(features, candidates.float().unsqueeze(0)).squeeze(0).double() / ent_coef
 
     return actions, log_density
 

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 # Below SIGMA_MIN a noisy action is taken for clean; above SIGMA_MAX it is taken for pure noise around the mean. From
 # SIGMA_MAX, where the denoiser can only answer the mean, the sampler jumps to SIGMA_BROAD, where the modes are still
 # hidden in noise.
-SIGMA_MIN = 0.02
-SIGMA_BROAD = 4.0
+SIGMA_MIN = 0.03
+SIGMA_BROAD = 3.0
 SIGMA_MAX = 20.0
+# How much longer than the mean step the first one from SIGMA_BROAD is, and how much shorter the last one
+LEVEL_CURVATURE = 0.2
 # Standard deviation of u = atanh(a) for a uniform action, pi / sqrt(12) = 0.91 (sigma_data of Karras et al. 2022)
 SIGMA_DATA = 0.91
 # tanh(8) differs from 1 by 2e-7: further out, single precision does not tell actions apart
@@ -29,14 +31,15 @@ def sampling_levels(n_levels: int) -> list[float]:
     """
     Noise levels of the reverse process, from the highest down.
 
-    The first step jumps from ``SIGMA_MAX``, where the denoiser answers the mean, to ``SIGMA_BROAD``;
-    the others are equal steps of log sigma, from there to ``SIGMA_MIN``.
+    The first step jumps from ``SIGMA_MAX``, where the denoiser answers the mean, to ``SIGMA_BROAD``; the others go from
+    there to ``SIGMA_MIN``, in steps of log sigma that shrink evenly, because the curves of the ODE are bent at the end.
 
     :param n_levels: number of levels, and of denoiser calls per action, at least 3
     :return: the levels
     """
-    ratio = SIGMA_MIN / SIGMA_BROAD
-    return [SIGMA_MAX] + [SIGMA_BROAD * ratio ** (i / (n_levels - 2)) for i in range(n_levels - 1)]
+    times = [i / (n_levels - 2) for i in range(n_levels - 1)]
+    bent = [time + LEVEL_CURVATURE * time * (1 - time) for time in times]
+    return [SIGMA_MAX] + [SIGMA_BROAD * (SIGMA_MIN / SIGMA_BROAD) ** time for time in bent]
 
 
 def training_levels(n_states: int, n_levels: int, device: th.device | str = "cpu") -> th.Tensor:
@@ -103,7 +106,11 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
         middle = denoised + (denoised - previous_denoised) * (log_step / (2 * previous_log_step))
         x = middle + (next_sigma / sigma) * (x - middle)
         previous_denoised, previous_log_step = denoised, log_step
-    return bounded_denoise(x, len(levels) - 1)
+    # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
+    # are close to each other it would amplify the errors of the denoiser
+    denoised = bounded_denoise(x, len(levels) - 1)
+    weight = min(1 / ((levels[-2] / levels[-1]) ** 2 - 1), 1)
+    return (denoised + weight * (denoised - previous_denoised)).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
 
 def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:

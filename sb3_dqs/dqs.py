@@ -222,9 +222,9 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
-        # One target per transition of the batch; entropies of as many states as cost half of what a batch of samples costs
-        n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
-        n_entropies = min(n_states, math.ceil(batch_size / (2 * self.actor.action_dim)))
+        # One regression target per two transitions; entropies of as many states as cost a quarter of their samples
+        n_states = min(batch_size, max(2, math.ceil(batch_size / (2 * N_ANCHORS))))  # batch norm needs two
+        n_entropies = min(n_states, math.ceil(batch_size / (8 * self.actor.action_dim)))
 
         for gradient_step in range(gradient_steps):
             # Sample replay buffer
@@ -328,7 +328,7 @@ class DQS(OffPolicyAlgorithm):
         features = self.critic.extract_features(obs, self.critic.features_extractor)
 
         def log_density(unsquashed: th.Tensor) -> th.Tensor:
-            return self.critic.min_q_values(features, th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
+            return self.critic.q1_values(features, th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
 
         if self.score_target == "energy_gradient":
             return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)

@@ -303,41 +303,28 @@ def select_action(actions: th.Tensor, index: th.Tensor) -> th.Tensor:
 
 
 class Critic(ContinuousCritic):
-    """SB3's critics, able to value many actions per state at the price of one pass of the features extractor."""
+    """SB3's critics, whose first can value many actions per state at the price of one pass of the features extractor."""
 
-    def min_q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    def q1_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        The smallest of the critics' values, for many actions per state.
+        The values that define the policy: those of the first critic network alone, as for the actor of TD3 (Fujimoto et
+        al. 2018, https://arxiv.org/abs/1802.09477, Algorithm 1), for many actions per state. The first layer is computed
+        as a sum, the features' part once per state, the action's part once per action.
 
         :param features: what ``extract_features()`` returned, shape (batch_size, features_dim)
         :param actions: actions in [-1, 1], shape (batch_size, n_actions, action_dim)
         :return: shape (batch_size, n_actions)
         """
+        q_net = self.q_networks[0]
+        assert isinstance(q_net, nn.Sequential)
+        first, others = q_net[0], q_net[1:]
+        assert isinstance(first, nn.Linear)
+        features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
+        features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
         # On a CPU, small pieces stay in its cache
         chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if features.device.type == "cpu" else actions.shape[1]
-        min_q_values = [
-            th.stack([_q_values(q_net, features, chunk) for q_net in self.q_networks]).min(dim=0).values
-            for chunk in actions.split(chunk_size, dim=1)
-        ]
-        return th.cat(min_q_values, dim=1)
-
-
-def _q_values(q_net: nn.Module, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    """
-    Values of many actions per state by one critic network: its first layer is computed as a sum, the features' part
-    once per state, the action's part once per action.
-
-    :param q_net: ``nn.Sequential`` that begins with a linear layer
-    :param features: shape (batch_size, features_dim)
-    :param actions: shape (batch_size, n_actions, action_dim)
-    :return: shape (batch_size, n_actions)
-    """
-    assert isinstance(q_net, nn.Sequential)
-    first, others = q_net[0], q_net[1:]
-    assert isinstance(first, nn.Linear)
-    features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
-    hidden = F.linear(features, features_weight, first.bias).unsqueeze(1) + F.linear(actions, actions_weight)
-    return others(hidden).squeeze(2)
+        chunks = [others(features_part + F.linear(chunk, actions_weight)) for chunk in actions.split(chunk_size, dim=1)]
+        return th.cat(chunks, dim=1).squeeze(2)
 
 
 class DQSPolicy(BasePolicy):
@@ -368,7 +355,7 @@ class DQSPolicy(BasePolicy):
         between the actor and the critic (this saves computation time)
     :param diffusion_steps: Number of denoiser calls per action; ``DQS(diffusion_steps=...)`` sets it
     :param n_deterministic_samples: How many actions ``deterministic=True`` chooses from
-    :param best_of_n_by_q: Let ``deterministic=True`` choose the action of highest value (smallest of the critics)
+    :param best_of_n_by_q: Let ``deterministic=True`` choose the action of highest value (first of the critics)
         instead of the one in the densest place
     """
 
@@ -546,7 +533,7 @@ class DQSPolicy(BasePolicy):
         if deterministic and self.best_of_n_by_q:
             actions = self.actor.sample_bank(self.actor.embed(observation))
             features = self.critic.extract_features(observation, self.critic.features_extractor)
-            return select_action(actions, self.critic.min_q_values(features, actions).argmax(dim=1))
+            return select_action(actions, self.critic.q1_values(features, actions).argmax(dim=1))
         return self.actor(observation, deterministic)
 
     @th.no_grad()

@@ -10,10 +10,11 @@ from quadrature import ENERGIES, denoise, log_density_of, sample, sample_posteri
 
 from sb3_dqs.boltzmann import (
     COMMON_STEP,
+    ENOUGH_SAMPLES,
     MAX_STEP,
-    MAX_STEP_SHARE,
     N_ANCHORS,
     PRIOR_STD,
+    TOO_FEW_SAMPLES,
     effective_sample_size,
     energy_gradient,
     gradient_step,
@@ -179,22 +180,20 @@ class TestPosteriorMean:
 
     def test_of_gentle_energies_comes_from_the_pool(self):
         target, pooled, _, ess = self.targets(log_density_of("flat"), 32)
-        assert ess > 5 and th.equal(target, pooled)
+        assert ess > ENOUGH_SAMPLES and th.equal(target, pooled)
 
     def test_of_steep_energies_comes_from_the_gradient(self):
         target, pooled, step, ess = self.targets(lambda u: 1e4 * u.sum(dim=2), 4, n_states=1000)
-        is_step = (target == step).all(dim=2)
-        assert ess < 2.5 and th.equal(target[~is_step], pooled[~is_step])
-        standard_error = math.sqrt(MAX_STEP_SHARE * (1 - MAX_STEP_SHARE) / is_step.numel())
-        assert is_step.double().mean().item() == pytest.approx(MAX_STEP_SHARE, abs=N_STANDARD_ERRORS * standard_error)
+        assert ess < TOO_FEW_SAMPLES and th.equal(target, step) and not th.equal(target, pooled)
 
     def test_between_them_is_a_mixture(self):
         target, pooled, step, ess = self.targets(log_density_of("linear"), 4, n_states=1000)
-        assert 2.5 < ess < 5
+        assert TOO_FEW_SAMPLES < ess < ENOUGH_SAMPLES
         is_step, is_pooled = ((target == each).all(dim=2) for each in (step, pooled))
         assert (is_step ^ is_pooled).all()
-        share = 2 - 2 * ess / 5
-        assert is_step.double().mean().item() == pytest.approx(share, abs=N_STANDARD_ERRORS * 0.5 / math.sqrt(4000))
+        share = (ENOUGH_SAMPLES - ess) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
+        standard_error = math.sqrt(share * (1 - share) / is_step.numel())
+        assert is_step.double().mean().item() == pytest.approx(share, abs=N_STANDARD_ERRORS * standard_error)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])

@@ -99,7 +99,7 @@ def make_stub(make_model, monkeypatch):
 
     def make(dim, energy, sample, entropy):
         model = make_model(env=ToyEnv(dim), ent_coef=0.3)
-        monkeypatch.setattr(model.critic, "min_q_values", lambda features, actions: 0.3 * energy(actions))
+        monkeypatch.setattr(model.critic, "q1_values", lambda features, actions: 0.3 * energy(actions))
         monkeypatch.setattr(model.actor, "sample", lambda embedding, latents: sample(latents))
         monkeypatch.setattr(model.policy, "entropy", lambda obs, n_actions=64: th.full((len(obs),), entropy))
         return model

@@ -87,7 +87,7 @@ def test_scheduled_temperature_follows_the_progress(make_model):
 def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, score_target):
     """Of unsquashed actions, with the log-determinant of the squashing, at the temperature."""
     model = make_model(score_target=score_target)
-    monkeypatch.setattr(model.critic, "min_q_values", lambda features, actions: 0.2 * 3 * actions.sum(dim=2))
+    monkeypatch.setattr(model.critic, "q1_values", lambda features, actions: 0.2 * 3 * actions.sum(dim=2))
     anchors, sigma = th.randn(5, 4, 1), training_levels(5, 4)
     x = anchors + sigma * th.randn_like(anchors)
     arguments = anchors, 0 * anchors, x, sigma

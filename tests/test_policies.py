@@ -67,17 +67,17 @@ class TestDeterministic:
         policy, obs = make_policy(best_of_n_by_q=True), th.zeros(4, 3)
         with th.no_grad():
             candidates = policy.actor.sample_bank(policy.actor.embed(obs))
-            values = policy.critic.min_q_values(obs, candidates)  # features are the observations themselves
+            values = policy.critic.q1_values(obs, candidates)  # features are the observations themselves
             chosen = policy(obs, deterministic=True)
-            assert th.allclose(policy.critic.min_q_values(obs, chosen.unsqueeze(1)).squeeze(1), values.max(dim=1).values)
+            assert th.allclose(policy.critic.q1_values(obs, chosen.unsqueeze(1)).squeeze(1), values.max(dim=1).values)
 
 
-def test_min_q_values_are_those_of_the_critics():
+def test_q1_values_are_those_of_the_first_critic():
     policy, obs, actions = make_policy(n_critics=3), th.randn(700, 3), 2 * th.rand(700, 5, 2) - 1
     with th.no_grad():
-        values = policy.critic.min_q_values(obs, actions)
+        values = policy.critic.q1_values(obs, actions)
         for k in range(5):
-            expected = th.cat(policy.critic(obs, actions[:, k]), dim=1).min(dim=1).values
+            expected = policy.critic.q1_forward(obs, actions[:, k]).squeeze(1)
             assert th.allclose(values[:, k], expected, atol=1e-5)
 
 
