@@ -25,6 +25,8 @@ from sb3_dqs.multigoal import draw_goals
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Random steps before learning starts: they find all goals
+LEARNING_STARTS = 2000
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {"DQS": DQS, "SAC": SAC}
 
 
@@ -75,7 +77,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--ent-coef", type=float, default=0.5)
+    parser.add_argument("--ent-coef", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algos", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -87,8 +89,8 @@ def main() -> None:
     for seed in args.seeds:
         results = {}
         for name in args.algos:
-            env = "sb3_dqs/MultiGoal-v0"
-            model = ALGORITHMS[name]("MlpPolicy", env, ent_coef=args.ent_coef, seed=seed, device="cpu")  # type: ignore[call-arg]
+            kwargs = {"ent_coef": args.ent_coef, "learning_starts": LEARNING_STARTS, "seed": seed, "device": "cpu"}
+            model = ALGORITHMS[name]("MlpPolicy", "sb3_dqs/MultiGoal-v0", **kwargs)  # type: ignore[arg-type]
             model.learn(args.steps, log_interval=10**9)
             trajectories, counts = run_episodes(model, 200)
             results[name] = (model, trajectories, counts)

@@ -13,6 +13,8 @@ POSITION_LIMIT = 7.0
 GOAL_REWARD = 10.0
 DISTANCE_WEIGHT = 0.1
 EFFORT_WEIGHT = 1.0
+# More than a step of random moves is worth to a policy that values its entropy at a temperature of 1: arriving pays
+STEP_COST = 1.0
 
 
 class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -23,8 +25,8 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
 
     - Observation: position, shape (2,), in [-7, 7]
     - Action: displacement, shape (2,), in [-1, 1]
-    - Reward: ``-|action|^2 - 0.1 * squared distance to the nearest goal``, and 10 more on reaching a goal, which ends the
-      episode; ``info["goal"]`` is then its number, from 0 to 3
+    - Reward: ``-1 - |action|^2 - 0.1 * squared distance to the nearest goal``, and 10 more on reaching a goal, which ends
+      the episode; ``info["goal"]`` is then its number, from 0 to 3
     - Start: near the middle, normally distributed with standard deviation 0.1
 
     :param render_mode: "rgb_array" or None
@@ -51,7 +53,8 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         distances = np.linalg.norm(GOALS - position, axis=1)
         goal = int(distances.argmin())
         reached = bool(distances[goal] < GOAL_RADIUS)
-        reward = GOAL_REWARD * reached - DISTANCE_WEIGHT * distances[goal] ** 2 - EFFORT_WEIGHT * float((action**2).sum())
+        cost = STEP_COST + EFFORT_WEIGHT * float((action**2).sum()) + DISTANCE_WEIGHT * distances[goal] ** 2
+        reward = GOAL_REWARD * reached - cost
         return position, float(reward), reached, False, {"goal": goal} if reached else {}
 
     def render(self) -> np.ndarray | None:

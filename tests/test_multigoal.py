@@ -29,7 +29,7 @@ def test_every_goal_is_reached_at_the_same_return(goal):
     assert info["goal"] == goal
     # Four steps of full effort, at distances 4, 3, 2, 1; the last one but one is the radius itself, so a fifth: 0
     assert len(rewards) == 5
-    assert sum(rewards) == pytest.approx(10 - 5 - 0.1 * (16 + 9 + 4 + 1 + 0), abs=1e-5)
+    assert sum(rewards) == pytest.approx(10 - 5 * (1 + 1) - 0.1 * (16 + 9 + 4 + 1 + 0), abs=1e-5)
 
 
 def test_episodes_end_after_thirty_steps():
