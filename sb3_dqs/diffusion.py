@@ -93,7 +93,7 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     """
 
     def bounded_denoise(x: th.Tensor, step: int) -> th.Tensor:
-        return th.nan_to_num(denoise(x, step)).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+        return denoise(x, step).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
     x = levels[0] * latents
     previous_denoised, previous_log_step = latents, math.inf
@@ -103,14 +103,14 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
             x = x + denoised  # at the highest level the noise is centred on the mean
         log_step = math.log(sigma / next_sigma)
         # Second order: extrapolate the denoised action to the middle of the step (zero weight at the first step)
-        middle = denoised + (denoised - previous_denoised) * (log_step / (2 * previous_log_step))
-        x = middle + (next_sigma / sigma) * (x - middle)
+        middle = denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
+        x = middle.lerp(x, next_sigma / sigma)
         previous_denoised, previous_log_step = denoised, log_step
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
     # are close to each other it would amplify the errors of the denoiser
     denoised = bounded_denoise(x, len(levels) - 1)
     weight = min(1 / ((levels[-2] / levels[-1]) ** 2 - 1), 1)
-    return (denoised + weight * (denoised - previous_denoised)).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+    return denoised.lerp(previous_denoised, -weight).nan_to_num().clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
 
 def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:

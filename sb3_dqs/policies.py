@@ -100,6 +100,8 @@ class Actor(BasePolicy):
 
         self.action_dim = get_action_dim(self.action_space)
         self.levels = sampling_levels(diffusion_steps)
+        # c_skip, c_out and c_in of each level
+        self.sampling_scalings = th.stack(edm_scalings(th.tensor(self.levels))[:3], dim=1).tolist()
 
         # The first layer is a sum of three: its observation part is computed once for all levels and all samples
         width = net_arch[0] if len(net_arch) > 0 else self.action_dim
@@ -187,10 +189,12 @@ class Actor(BasePolicy):
         :return: estimate of E[u | s, x], shape (..., action_dim)
         """
         c_skip, c_out, c_in, c_noise = edm_scalings(sigma)
-        phases = c_noise * self.frequencies
-        level = th.cat([phases.sin(), phases.cos()], dim=-1)
-        hidden = embedding + self.embed_action(c_in * x) + self.embed_level(level)
+        hidden = embedding + self.embed_action(c_in * x) + self.embed_level(self._waves(c_noise))
         return c_skip * x + c_out * self.denoiser(hidden)
+
+    def _waves(self, c_noise: th.Tensor) -> th.Tensor:
+        phases = c_noise * self.frequencies
+        return th.cat([phases.sin(), phases.cos()], dim=-1)
 
     def sample(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """
@@ -210,10 +214,14 @@ class Actor(BasePolicy):
         :param latents: standard normal numbers, shape (..., action_dim)
         :return: unsquashed actions u, shape (..., action_dim)
         """
-        levels = latents.new_tensor(self.levels).unsqueeze(1)
+        # As denoise(), but what depends on the levels alone is computed once for all of them
+        c_noise = edm_scalings(latents.new_tensor(self.levels).unsqueeze(1))[3]
+        level_embeddings = self.embed_level(self._waves(c_noise))
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
-            return self.denoise(embedding, x, levels[step])
+            c_skip, c_out, c_in = self.sampling_scalings[step]
+            hidden = embedding + F.linear(c_in * x, self.embed_action.weight, level_embeddings[step])
+            return (c_skip * x).add(self.denoiser(hidden), alpha=c_out)
 
         return solve_reverse_ode(denoise, latents, self.levels)
 
