@@ -222,8 +222,8 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
-        # One regression target per two transitions; entropies of as many states as cost a quarter of their samples
-        n_states = min(batch_size, max(2, math.ceil(batch_size / (2 * N_ANCHORS))))  # batch norm needs two
+        # One regression target per transition; entropies of as many states as cost a quarter of their samples
+        n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
         n_entropies = min(n_states, math.ceil(batch_size / (8 * self.actor.action_dim)))
 
         for gradient_step in range(gradient_steps):
