@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import N_ANCHORS, LogDensity, effective_sample_size
+from sb3_dqs.boltzmann import N_ANCHORS, LogDensity, effective_sample_size, posterior_mean
 from sb3_dqs.diffusion import (
     MAX_UNSQUASHED,
     edm_scalings,
@@ -42,6 +43,7 @@ from sb3_dqs.diffusion import (
     solve_reverse_ode,
     training_levels,
 )
+from sb3_dqs.entropy import jacobian_log_prob
 from sb3_dqs.policies import Actor
 
 matplotlib.use("Agg")
@@ -99,6 +101,7 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     obs, effective = th.zeros(1, 1), []
     n_states = BATCH_SIZE // N_ANCHORS
+    n_dense = ceil(n_states / (4 * target.dim)) if estimator.estimate is posterior_mean else 0  # the others need no densities
     for step in range(steps):
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
@@ -111,15 +114,18 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
             if estimator.estimate is None:
                 anchors = TanhBijector.inverse(target.sample(BATCH_SIZE)).reshape(n_states, N_ANCHORS, -1)
             else:
-                anchors = actor.sample_unsquashed(embedding, th.randn(n_states, N_ANCHORS, target.dim))
+                latents = th.randn(n_states, N_ANCHORS, target.dim)
+                anchors = actor.sample_unsquashed(embedding, latents)
         sigma = training_levels(n_states, N_ANCHORS)
         x = anchors + sigma * th.randn_like(anchors)
         denoised = actor.denoise(embedding, x, sigma)
         regression_target, log_weights = anchors, th.zeros_like(sigma)
         if estimator.estimate is not None:
             with th.no_grad():
+                entropies = actor.entropies(embedding, latents[:n_dense], anchors[:n_dense])
+                log_prob = jacobian_log_prob(entropies, latents[:n_dense]) + log_det_tanh(anchors[:n_dense])
                 regression_target, log_weights = estimator.estimate(
-                    unsquashed_log_density, anchors, denoised, x, sigma, actor.get_std(), estimator.n_samples
+                    unsquashed_log_density, anchors, log_prob, denoised, x, sigma, actor.get_std(), estimator.n_samples
                 )
         c_out = edm_scalings(sigma)[1]
         loss = F.mse_loss(denoised / c_out, regression_target / c_out)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch as th
 
-from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, broad_proposal, energy_gradient, posterior_mean
+from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, broad_proposal, energy_gradient, posterior_mean, value_and_gradient
 from sb3_dqs.diffusion import MAX_UNSQUASHED
 
-EstimatorFn = Callable[[LogDensity, th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]
+EstimatorFn = Callable[..., tuple[th.Tensor, th.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Estimator:
 
 def of_noisy_actions(estimate: Callable[[LogDensity, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]) -> EstimatorFn:
     """The common signature for an estimator that needs ``(log_density, x, sigma, n_samples)`` alone."""
-    return lambda log_density, anchors, denoised, x, sigma, policy_std, n_samples: estimate(log_density, x, sigma, n_samples)
+    return lambda log_density, anchors, log_prob, denoised, x, sigma, policy_std, n_samples: estimate(
+        log_density, x, sigma, n_samples
+    )
 
 
 def propose(x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
@@ -84,19 +86,15 @@ def q_score(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: 
     The score of the noisy policy taken for the gradient of Q at the noisy action, at every noise level: no samples
     (Psenka et al. 2024, "Q-score matching", https://arxiv.org/abs/2312.11752).
     """
-    with th.enable_grad():
-        points = x.detach().requires_grad_(True)
-        (gradient,) = th.autograd.grad(log_density(points).sum(), points)
+    _, gradient = value_and_gradient(log_density, x)
     return (x + sigma**2 * gradient).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), th.zeros_like(sigma)
 
 
 ESTIMATORS = {
     "posterior mean, K=8": Estimator(posterior_mean, 8),
-    "posterior mean, K=16": Estimator(posterior_mean, 16),
     "posterior mean, K=64": Estimator(posterior_mean, 64),
     "energy gradient, K=64": Estimator(of_noisy_actions(energy_gradient), 64),
     "energy gradient, K=1000": Estimator(of_noisy_actions(energy_gradient), 1000),
-    "forward only, K=16": Estimator(of_noisy_actions(forward_only), 16),
     "forward only, K=64": Estimator(of_noisy_actions(forward_only), 64),
     "control variate, K=64": Estimator(of_noisy_actions(control_variate), 64),
     "Q-score matching": Estimator(of_noisy_actions(q_score), 1),

@@ -21,10 +21,10 @@ N_ANCHORS = 4
 # Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
 # reaches the corners of the box
 PRIOR_STD = 2.0
-# Effective sample sizes from which on all targets come from the candidates, and below which all come from the gradient,
-# which does not see the shares of the modes. (At most 4 K - 3 candidates have weight.)
+# Effective sample sizes from which on all targets come from the candidates, and below which none do. (At most 4 K - 3
+# candidates have weight.)
 ENOUGH_SAMPLES = 4.0
-TOO_FEW_SAMPLES = 2.5
+TOO_FEW_SAMPLES = 3.5
 # Lengths in widths of p(u|x): a step is shortened by the factor that would bring the gradients at the other anchors to the
 # first on average, and then, if it is longer still, to the second
 COMMON_STEP = 3.0
@@ -34,6 +34,7 @@ MAX_STEP = 12.0
 def posterior_mean(
     log_density: LogDensity,
     anchors: th.Tensor,
+    log_prob: th.Tensor,
     denoised: th.Tensor,
     x: th.Tensor,
     sigma: th.Tensor,
@@ -41,13 +42,16 @@ def posterior_mean(
     n_samples: int,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``E[u | x]``, for targets drawn at random by :func:`pooled_mean`, which compares the modes, or by
-    :func:`gradient_step`, which sharpens them: the more of the latter, the fewer candidates have weight. Both are right
-    at the Boltzmann distribution, so that their mixture hardly moves it; and the choice hardly depends on the mode
-    (its probability is one for all states of the batch), so that it does not move the shares.
+    ``E[u | x]`` in two ways: by :func:`pooled_mean` while enough candidates have weight, and otherwise by
+    :func:`gradient_step`, which sharpens the modes and leaves their shares as they are (too few candidates do not: the
+    largest mode, which has most of them, takes all); the shares are then compared by :func:`reweighted_mean`, where
+    noise wider than the policy hides the modes. Between them the choice is random. All are right at the Boltzmann
+    distribution, so that their mixture hardly moves it; and the choice hardly depends on the mode (its probability is
+    one for all states of the batch).
 
     :param log_density: log-density of u up to a constant, differentiable
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
+    :param log_prob: log-density of u under the policy for the first states, shape (up to n_states, n_anchors)
     :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
     :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
     :param sigma: noise levels, shape (n_states, n_anchors, 1)
@@ -59,7 +63,12 @@ def posterior_mean(
     target, log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
     step_share = (ENOUGH_SAMPLES - effective_sample_size(log_weights).mean()) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
     is_step = th.rand_like(sigma) < step_share
-    return th.where(is_step, gradient_step(log_density, anchors, denoised, x, sigma, policy_std), target), log_weights
+    values, gradient = value_and_gradient(log_density, anchors)
+    step = gradient_step(gradient, anchors, denoised, x, sigma, policy_std)
+    dense = slice(len(log_prob))
+    reweighted = reweighted_mean(values[dense] - log_prob, anchors[dense], x[dense], sigma[dense])
+    step[dense] = th.where(sigma[dense] > policy_std.mean(), reweighted, step[dense])
+    return th.where(is_step, step, target), log_weights
 
 
 def pooled_mean(
@@ -87,12 +96,9 @@ def pooled_mean(
     """
     n_states, n_anchors, action_dim = x.shape
     start, width = broad_proposal(x, sigma)
-    with th.enable_grad():
-        start.requires_grad_(True)
-        log_posterior = log_density(start) + log_normal(start, x, sigma)
-        (gradient,) = th.autograd.grad(log_posterior.sum(), start)
+    _, gradient = value_and_gradient(lambda u: log_density(u) + log_normal(u, x, sigma), start)
     # The step is at most one width in each dimension, however steep the energy
-    center = start.detach() + width * th.tanh(width * gradient)
+    center = start + width * th.tanh(width * gradient)
 
     noise = th.randn(n_states, n_anchors, n_samples - 1, action_dim, device=x.device)
     proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
@@ -110,8 +116,24 @@ def pooled_mean(
     return log_weights.exp() @ candidates, log_weights
 
 
+def reweighted_mean(log_ratio: th.Tensor, anchors: th.Tensor, x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    ``E[u | x]`` as the mean of the anchors of the state, weighted by ``pi(u) N(x; u, sigma^2) / p(u)`` with the policy's
+    density p (i-SIR as in :func:`pooled_mean`, with the policy for the proposal). However many dimensions there are, the
+    weights do not degenerate while the policy is near pi; but nothing new is found.
+
+    :param log_ratio: ``log pi(u) - log p(u)`` up to a constant of the state, shape (n_states, n_anchors)
+    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
+    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
+    :param sigma: noise levels, shape (n_states, n_anchors, 1)
+    :return: targets of shape (n_states, n_anchors, action_dim)
+    """
+    log_weights = log_ratio.unsqueeze(1) + log_normal(anchors.unsqueeze(1), x.unsqueeze(2), sigma.unsqueeze(2))
+    return log_weights.softmax(dim=2) @ anchors
+
+
 def gradient_step(
-    log_density: LogDensity,
+    gradient: th.Tensor,
     anchors: th.Tensor,
     denoised: th.Tensor,
     x: th.Tensor,
@@ -131,7 +153,7 @@ def gradient_step(
     Averaged over states that a network cannot tell apart, means of p(u|x) make a policy as broad as all of them together;
     averaged gradients make it narrow, as in SAC.
 
-    :param log_density: log-density of u up to a constant, differentiable
+    :param gradient: of log pi at the anchors, shape (n_states, n_anchors, action_dim)
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
     :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
     :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
@@ -142,9 +164,6 @@ def gradient_step(
     width = sigma * policy_std / (sigma**2 + policy_std**2).sqrt()
     # The policy is one Gaussian, if ever, only as seen through noise below its own width
     precision = (sigma < policy_std) / policy_std**2
-    with th.enable_grad():
-        points = anchors.clone().requires_grad_(True)
-        (gradient,) = th.autograd.grad(log_density(points).sum(), points)
     step = width * (gradient + (x - denoised) / sigma**2 + precision * (anchors - denoised))
     # Steep energies throw the policy about, hence a limit. A limit of each step by its own length would move their mean from
     # zero; the gradients at the other anchors, given x, know nothing of this one
@@ -196,6 +215,21 @@ def broad_proposal(x: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor
     """
     shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
     return x * shrinkage, sigma * shrinkage.sqrt()
+
+
+def value_and_gradient(log_density: LogDensity, u: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Log-density and its gradient.
+
+    :param log_density: log-density of u up to a constant, differentiable
+    :param u: points, shape (n_states, n_actions, action_dim)
+    :return: shapes (n_states, n_actions) and (n_states, n_actions, action_dim)
+    """
+    with th.enable_grad():
+        points = u.clone().requires_grad_(True)
+        values = log_density(points)
+        (gradient,) = th.autograd.grad(values.sum(), points)
+    return values.detach(), gradient
 
 
 def log_normal(u: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sb3_dqs.boltzmann import N_ANCHORS, effective_sample_size, energy_gradient, posterior_mean
 from sb3_dqs.checks import check_arguments, check_finite, check_policy, make_checked_env
 from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
+from sb3_dqs.entropy import jacobian_log_prob
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
 
@@ -222,9 +223,9 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
-        # One regression target per transition; entropies of as many states as cost a quarter of their samples
+        # One regression target per transition; the densities of a few cost about a quarter of the samples of all
         n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
-        n_entropies = min(n_states, math.ceil(batch_size / (8 * self.actor.action_dim)))
+        n_dense = min(n_states, math.ceil(batch_size / (4 * N_ANCHORS * self.actor.action_dim)))
 
         for gradient_step in range(gradient_steps):
             # Sample replay buffer
@@ -261,16 +262,19 @@ class DQS(OffPolicyAlgorithm):
             latents = th.randn(n_states, N_ANCHORS, self.actor.action_dim, device=self.device)
             with th.no_grad():
                 anchors = self.actor.sample_unsquashed(embedding, latents)
-                entropy = self.actor.entropies(
-                    embedding[:n_entropies, 0], latents[:n_entropies, 0], anchors[:n_entropies, 0]
-                ).mean()
+                entropies = self.actor.entropies(embedding[:n_dense], latents[:n_dense], anchors[:n_dense])
+                entropy = entropies.mean()
 
             # Noise them, denoise them, and estimate what the denoiser should have answered: E[u | x] under exp(Q / ent_coef)
             sigma = training_levels(n_states, N_ANCHORS, self.device)
             noisy_actions = anchors + sigma * th.randn_like(anchors)
             denoised = self.actor.denoise(embedding, noisy_actions, sigma)
             with th.no_grad():
-                target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
+                # Of unsquashed actions
+                log_prob = jacobian_log_prob(entropies, latents[:n_dense]) + log_det_tanh(anchors[:n_dense])
+                target, log_weights = self._score_target(
+                    observations, anchors, log_prob, denoised, noisy_actions, sigma, ent_coef
+                )
 
             # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
             c_out = edm_scalings(sigma)[1]
@@ -308,6 +312,7 @@ class DQS(OffPolicyAlgorithm):
         self,
         obs: PyTorchObs,
         anchors: th.Tensor,
+        log_prob: th.Tensor,
         denoised: th.Tensor,
         noisy_actions: th.Tensor,
         sigma: th.Tensor,
@@ -318,6 +323,7 @@ class DQS(OffPolicyAlgorithm):
 
         :param obs: Observation
         :param anchors: unsquashed actions u of the policy, shape (n_states, n_anchors, action_dim)
+        :param log_prob: log-density of u under the policy for the first states, shape (up to n_states, n_anchors)
         :param denoised: what the denoiser answered, shape (n_states, n_anchors, action_dim)
         :param noisy_actions: x, shape (n_states, n_anchors, action_dim)
         :param sigma: noise levels, shape (n_states, n_anchors, 1)
@@ -332,7 +338,9 @@ class DQS(OffPolicyAlgorithm):
 
         if self.score_target == "energy_gradient":
             return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)
-        return posterior_mean(log_density, anchors, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples)
+        return posterior_mean(
+            log_density, anchors, log_prob, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples
+        )
 
     def learn(
         self: SelfDQS,

@@ -81,11 +81,23 @@ def jacobian_entropies(unsquashed: th.Tensor, jacobian: th.Tensor) -> th.Tensor:
     It holds for any network, whether or not it is an exact denoiser, and wherever the sampler is one to one; where it
     folds, the estimate is too high. Scales below ``SIGMA_MIN`` count as that wide: the estimate is finite.
 
-    :param unsquashed: u, shape (n, action_dim)
-    :param jacobian: derivatives ``d u_j / d z_i``, shape (n, action_dim (i), action_dim (j))
-    :return: nats, shape (n,)
+    :param unsquashed: u, shape (..., action_dim)
+    :param jacobian: derivatives ``d u_j / d z_i``, shape (..., action_dim (i), action_dim (j))
+    :return: nats, shape (...)
     """
-    action_dim = unsquashed.shape[1]
-    gram = jacobian @ jacobian.transpose(1, 2) + SIGMA_MIN**2 * th.eye(action_dim, device=jacobian.device)
+    action_dim = unsquashed.shape[-1]
+    gram = jacobian @ jacobian.transpose(-1, -2) + SIGMA_MIN**2 * th.eye(action_dim, device=jacobian.device)
     half_log_det = 0.5 * th.linalg.slogdet(gram).logabsdet
     return action_dim / 2 * math.log(2 * math.pi * math.e) + half_log_det + log_det_tanh(unsquashed)
+
+
+def jacobian_log_prob(entropies: th.Tensor, latents: th.Tensor) -> th.Tensor:
+    """
+    Log-density of actions of the sampler, from what :func:`jacobian_entropies` gave: there ``|z|^2`` is replaced by its
+    mean, d.
+
+    :param entropies: of :func:`jacobian_entropies`, shape (...)
+    :param latents: z, shape (..., action_dim)
+    :return: log-density of ``a = tanh(u)``, in nats, shape (...)
+    """
+    return (latents.shape[-1] - latents.pow(2).sum(dim=-1)) / 2 - entropies

@@ -247,14 +247,14 @@ class Actor(BasePolicy):
         Numbers whose mean is the entropy of the policy; see :func:`sb3_dqs.entropy.jacobian_entropies`. Each costs as much
         as action_dim samples.
 
-        :param embedding: what ``embed()`` returned, shape (n, width)
-        :param latents: standard normal numbers, shape (n, action_dim)
-        :param unsquashed: what ``sample_unsquashed()`` made of them, shape (n, action_dim)
-        :return: nats, shape (n,)
+        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param latents: standard normal numbers, shape (..., action_dim)
+        :param unsquashed: what ``sample_unsquashed()`` made of them, shape (..., action_dim)
+        :return: nats, shape (...)
         """
         shifts = JACOBIAN_STEP * th.eye(self.action_dim, device=latents.device)
-        moved = self.sample_unsquashed(embedding.unsqueeze(1), latents.unsqueeze(1) + shifts)
-        return jacobian_entropies(unsquashed, (moved - unsquashed.unsqueeze(1)) / JACOBIAN_STEP)
+        moved = self.sample_unsquashed(embedding.unsqueeze(-2), latents.unsqueeze(-2) + shifts)
+        return jacobian_entropies(unsquashed, (moved - unsquashed.unsqueeze(-2)) / JACOBIAN_STEP)
 
     def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
         """

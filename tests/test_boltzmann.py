@@ -20,6 +20,8 @@ from sb3_dqs.boltzmann import (
     gradient_step,
     pooled_mean,
     posterior_mean,
+    reweighted_mean,
+    value_and_gradient,
 )
 from sb3_dqs.diffusion import training_levels
 
@@ -30,6 +32,10 @@ SLOPE = 1.5
 
 def gaussian(mean: float, std: float):
     return lambda u: -((u - mean) ** 2).sum(dim=2) / (2 * std**2)
+
+
+def gradient_of(log_density, u):
+    return value_and_gradient(log_density, u)[1]
 
 
 def draw_at_the_fixed_point(energy, sigma, n):
@@ -108,6 +114,29 @@ def test_pool_is_that_of_the_state():
     assert th.equal(pooled_mean(log_density_of("linear"), anchors, other, sigma, n_samples)[0][0], target[0])
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.9, 2.0, 20.0])
+def test_reweighted_mean_is_unbiased_at_the_fixed_point(sigma):
+    """The other anchors come from another policy than pi; with its density, that does not matter."""
+    exact, anchors, x = draw_at_the_fixed_point("two modes", sigma, 8000)
+    policy = th.distributions.Normal(0.3, 0.8)
+    anchors = th.cat([anchors, policy.sample((len(anchors), 3, 1))], dim=1)
+    log_ratio = log_density_of("two modes")(anchors) - policy.log_prob(anchors).squeeze(2)
+    xs = x.expand(-1, 4, -1)  # the target of the first alone is looked at
+    target = reweighted_mean(log_ratio, anchors, xs, th.full_like(xs, sigma))
+    assert target.shape == xs.shape
+    assert_zero_mean(target[:, :1] - exact, floor=1e-4)
+
+
+def test_reweighted_mean_restores_the_shares_of_modes():
+    """Anchors of a policy whose modes have the wrong shares: at high noise the mean is the right one, up to 1 / n."""
+    shares, right, n = th.tensor([0.9, 0.1]), th.tensor([0.3, 0.7]), 4000
+    modes = th.distributions.Categorical(shares).sample((1, n))
+    anchors = (2.0 * modes - 1).unsqueeze(2)
+    sigma = th.full((1, n, 1), 20.0)
+    target = reweighted_mean((right / shares).log()[modes], anchors, anchors + sigma * th.randn(1, n, 1), sigma)
+    assert target.mean().item() == pytest.approx(0.4, abs=N_STANDARD_ERRORS * 2 / math.sqrt(0.1 * n))
+
+
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("sigma", [0.02, 0.2, 0.8, 2.0, 20.0])
 @pytest.mark.parametrize("policy_std", [0.3, 1.0])
@@ -118,14 +147,14 @@ def test_gradient_step_has_zero_mean_at_the_fixed_point(energy, sigma, policy_st
     arguments = anchors, exact, x, th.full_like(x, sigma), th.full((1,), policy_std)
     # In units of the posterior's width, and up to what single precision leaves of (x - D) / sigma^2
     width = sigma * policy_std / math.hypot(sigma, policy_std)
-    assert_zero_mean((gradient_step(log_density_of(energy), *arguments) - exact) / width, floor=1e-3)
+    assert_zero_mean((gradient_step(gradient_of(log_density_of(energy), anchors), *arguments) - exact) / width, floor=1e-3)
 
 
 @pytest.mark.parametrize("energy", ["flat", "linear"])
 @pytest.mark.parametrize("sigma", [0.02, 0.8, 20.0])
 def test_limit_of_the_gradient_step_does_not_bind_for_gentle_energies(energy, sigma, monkeypatch):
     exact, anchors, x = draw_at_the_fixed_point(energy, sigma, 1000)
-    arguments = log_density_of(energy), anchors, exact, x, th.full_like(x, sigma), th.full((1,), 0.8)
+    arguments = gradient_of(log_density_of(energy), anchors), anchors, exact, x, th.full_like(x, sigma), th.full((1,), 0.8)
     limited = gradient_step(*arguments)
     monkeypatch.setattr("sb3_dqs.boltzmann.MAX_STEP", math.inf)
     assert th.equal(limited, gradient_step(*arguments))
@@ -136,7 +165,7 @@ def test_gradient_step_of_a_gaussian_is_exact():
     mean, std, sigma = 0.3, 0.5, th.full((1000, 2, 1), 0.2)
     anchors, denoised = 0.3 * th.randn(1000, 2, 3), 0.2 * th.randn(1000, 2, 3)
     x = denoised + 0.1 * th.randn(1000, 2, 3)
-    target = gradient_step(gaussian(mean, std), anchors, denoised, x, sigma, th.full((3,), std))
+    target = gradient_step(gradient_of(gaussian(mean, std), anchors), anchors, denoised, x, sigma, th.full((3,), std))
     expected = (mean / std**2 + x / 0.2**2) / (1 / std**2 + 1 / 0.2**2)
     assert th.allclose(target, expected, atol=1e-5)
 
@@ -149,7 +178,7 @@ def test_targets_of_steep_energies_are_finite(slope):
     def log_density(u):
         return slope * th.tanh(u).sum(dim=2)
 
-    step = gradient_step(log_density, anchors, anchors, x, sigma, policy_std) - anchors
+    step = gradient_step(gradient_of(log_density, anchors), anchors, anchors, x, sigma, policy_std) - anchors
     width = sigma * policy_std / (sigma**2 + policy_std**2).sqrt()
     lengths = (step / width).norm(dim=2)
     assert lengths.isfinite().all() and lengths.max() < MAX_STEP + 1e-2  # what rounding adds to small steps
@@ -158,7 +187,7 @@ def test_targets_of_steep_energies_are_finite(slope):
     for target, _ in (
         pooled_mean(log_density, anchors, x, sigma, 4),
         energy_gradient(log_density, x, sigma, 4),
-        posterior_mean(log_density, anchors, anchors, x, sigma, policy_std, 4),
+        posterior_mean(log_density, anchors, th.zeros(50, 4), anchors, x, sigma, policy_std, 4),
     ):
         assert target.isfinite().all()
 
@@ -167,15 +196,22 @@ class TestPosteriorMean:
     """Which of the two estimators gives the targets."""
 
     def targets(self, log_density, n_samples, n_states=50):
-        """All, those of the pool from the same random numbers, those of the gradient, and the effective sample size."""
+        """
+        All, those of the pool from the same random numbers, those of the gradient (above the policy's width, and of the
+        first three states: those reweighted), and the effective sample size.
+        """
         anchors, sigma = th.randn(n_states, 4, 2).clamp(-2, 2), training_levels(n_states, 4)
         x, denoised, std = anchors + sigma * th.randn_like(anchors), th.zeros_like(anchors), th.full((2,), 0.9)
+        log_prob = th.randn(3, 4)
         th.manual_seed(1)
-        target, log_weights = posterior_mean(log_density, anchors, denoised, x, sigma, std, n_samples)
+        target, log_weights = posterior_mean(log_density, anchors, log_prob, denoised, x, sigma, std, n_samples)
         th.manual_seed(1)
         pooled, expected_log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
         assert th.equal(log_weights, expected_log_weights)
-        step = gradient_step(log_density, anchors, denoised, x, sigma, std)
+        values, gradient = value_and_gradient(log_density, anchors)
+        step = gradient_step(gradient, anchors, denoised, x, sigma, std)
+        reweighted = reweighted_mean(values[:3] - log_prob, anchors[:3], x[:3], sigma[:3])
+        step[:3] = th.where(sigma[:3] > 0.9, reweighted, step[:3])
         return target, pooled, step, effective_sample_size(log_weights).mean().item()
 
     def test_of_gentle_energies_comes_from_the_pool(self):

@@ -90,7 +90,7 @@ def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, sc
     monkeypatch.setattr(model.critic, "q1_values", lambda features, actions: 0.2 * 3 * actions.sum(dim=2))
     anchors, sigma = th.randn(5, 4, 1), training_levels(5, 4)
     x = anchors + sigma * th.randn_like(anchors)
-    arguments = anchors, 0 * anchors, x, sigma
+    arguments = anchors, th.zeros(2, 4), 0 * anchors, x, sigma
     th.manual_seed(1)
     target, _ = model._score_target(th.zeros(5, 3), *arguments, 0.2)
     th.manual_seed(1)

@@ -7,7 +7,7 @@ import quadrature
 import torch as th
 
 from sb3_dqs.diffusion import SIGMA_MIN, log_det_tanh, training_levels
-from sb3_dqs.entropy import immse_entropies, jacobian_entropies, log_density
+from sb3_dqs.entropy import immse_entropies, jacobian_entropies, jacobian_log_prob, log_density
 
 TOLERANCE = 0.05  # nats per dimension
 N_STANDARD_ERRORS = 4
@@ -142,6 +142,18 @@ class TestJacobianEntropies:
         assert estimates.mean().item() == pytest.approx(entropy, abs=N_STANDARD_ERRORS * standard_error + 1e-3)
         if slope < 1:
             assert entropy == pytest.approx(math.log(2), abs=1e-4)
+
+    @pytest.mark.parametrize("action_dim", [1, 3])
+    def test_log_prob_of_the_uniform_policy(self, action_dim):
+        """At every action, not on average."""
+        z = th.randn(1000, action_dim, dtype=th.float64).clamp(-3, 3).requires_grad_(True)
+        unsquashed = th.atanh(2 * th.special.ndtr(z) - 1)
+        (slopes,) = th.autograd.grad(unsquashed.sum(), z)
+        entropies = jacobian_entropies(unsquashed.detach(), th.diag_embed(slopes))
+        log_prob = jacobian_log_prob(entropies, z.detach())
+        # Up to the scales below ``SIGMA_MIN``, here of at least 0.5
+        floor = action_dim * 0.5 * math.log1p((SIGMA_MIN / 0.5) ** 2)
+        assert log_prob.tolist() == pytest.approx([-action_dim * math.log(2)] * 1000, abs=floor + 1e-6)
 
     def test_of_singular_maps_is_finite(self):
         """Scales below ``SIGMA_MIN`` count as that wide."""
