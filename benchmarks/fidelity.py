@@ -19,7 +19,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from itertools import pairwise
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import N_ANCHORS, LogDensity, effective_sample_size, posterior_mean
+from sb3_dqs.boltzmann import ENOUGH_SAMPLES, N_ANCHORS, LogDensity, count_pooled, effective_sample_size
 from sb3_dqs.diffusion import (
     MAX_UNSQUASHED,
     edm_scalings,
@@ -43,7 +42,7 @@ from sb3_dqs.diffusion import (
     solve_reverse_ode,
     training_levels,
 )
-from sb3_dqs.entropy import jacobian_log_prob
+from sb3_dqs.dqs import ESS_UPDATE_RATE, has_fast_bfloat16
 from sb3_dqs.policies import Actor
 
 matplotlib.use("Agg")
@@ -101,7 +100,8 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     obs, effective = th.zeros(1, 1), []
     n_states = BATCH_SIZE // N_ANCHORS
-    n_dense = ceil(n_states / (4 * target.dim)) if estimator.estimate is posterior_mean else 0  # the others need no densities
+    mean_ess = ENOUGH_SAMPLES
+    dtype = th.bfloat16 if has_fast_bfloat16(actor.device) else th.float32
     for step in range(steps):
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
@@ -115,18 +115,26 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
                 anchors = TanhBijector.inverse(target.sample(BATCH_SIZE)).reshape(n_states, N_ANCHORS, -1)
             else:
                 latents = th.randn(n_states, N_ANCHORS, target.dim)
-                anchors = actor.sample_unsquashed(embedding, latents)
+                anchors = actor.sample_unsquashed(embedding, latents, dtype)
         sigma = training_levels(n_states, N_ANCHORS)
         x = anchors + sigma * th.randn_like(anchors)
         denoised = actor.denoise(embedding, x, sigma)
         regression_target, log_weights = anchors, th.zeros_like(sigma)
         if estimator.estimate is not None:
             with th.no_grad():
-                entropies = actor.entropies(embedding, latents[:n_dense], anchors[:n_dense])
-                log_prob = jacobian_log_prob(entropies, latents[:n_dense]) + log_det_tanh(anchors[:n_dense])
                 regression_target, log_weights = estimator.estimate(
-                    unsquashed_log_density, anchors, log_prob, denoised, x, sigma, actor.get_std(), estimator.n_samples
+                    lambda states, density=unsquashed_log_density: density,
+                    anchors,
+                    denoised,
+                    x,
+                    sigma,
+                    actor.get_std(),
+                    estimator.n_samples,
+                    count_pooled(mean_ess, n_states),
                 )
+        ess = effective_sample_size(log_weights).mean().item()
+        mean_ess += ESS_UPDATE_RATE * (ess - mean_ess)
+        effective.append(ess)
         c_out = edm_scalings(sigma)[1]
         loss = F.mse_loss(denoised / c_out, regression_target / c_out)
         optimizer.zero_grad()
@@ -134,7 +142,6 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
         optimizer.step()
         schedule.step()
         actor.update_std(anchors - denoised.detach(), sigma)
-        effective.append(effective_sample_size(log_weights).mean().item())
 
     @th.no_grad()
     def policy(n: int) -> th.Tensor:
@@ -148,7 +155,7 @@ def own_entropy(actor: Actor) -> float:
     """What the policy says of its entropy, as ``DQSPolicy.entropy()``."""
     latents = th.randn(2048, actor.action_dim)
     embedding = actor.embed(th.zeros(1, 1)).expand(len(latents), -1)
-    return actor.entropies(embedding, latents, actor.sample_unsquashed(embedding, latents)).mean().item()
+    return -actor.sample_with_log_prob(embedding, latents, range(1, len(actor.levels)))[1].mean().item()
 
 
 def train_gaussian(target: Target, log_density: LogDensity, steps: int) -> tuple[Policy, float, float]:

@@ -29,8 +29,8 @@ class Estimator:
 
 def of_noisy_actions(estimate: Callable[[LogDensity, th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]]) -> EstimatorFn:
     """The common signature for an estimator that needs ``(log_density, x, sigma, n_samples)`` alone."""
-    return lambda log_density, anchors, log_prob, denoised, x, sigma, policy_std, n_samples: estimate(
-        log_density, x, sigma, n_samples
+    return lambda log_density_of, anchors, denoised, x, sigma, policy_std, n_samples, n_pooled: estimate(
+        log_density_of(slice(None)), x, sigma, n_samples
     )
 
 
@@ -92,6 +92,7 @@ def q_score(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: 
 
 ESTIMATORS = {
     "posterior mean, K=8": Estimator(posterior_mean, 8),
+    "posterior mean, K=16": Estimator(posterior_mean, 16),
     "posterior mean, K=64": Estimator(posterior_mean, 64),
     "energy gradient, K=64": Estimator(of_noisy_actions(energy_gradient), 64),
     "energy gradient, K=1000": Estimator(of_noisy_actions(energy_gradient), 1000),

@@ -21,10 +21,12 @@ N_ANCHORS = 4
 # Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
 # reaches the corners of the box
 PRIOR_STD = 2.0
-# Effective sample sizes from which on all targets come from the candidates, and below which none do. (At most 4 K - 3
+# Effective sample sizes from which on the candidates are used in all states, and below which in none. (At most 4 K - 3
 # candidates have weight.)
 ENOUGH_SAMPLES = 4.0
 TOO_FEW_SAMPLES = 3.5
+# Share of the states in which candidates are weighed in any case, to know the effective sample size
+WEIGHED_SHARE = 1 / 8
 # Lengths in widths of p(u|x): a step is shortened by the factor that would bring the gradients at the other anchors to the
 # first on average, and then, if it is longer still, to the second
 COMMON_STEP = 3.0
@@ -32,43 +34,52 @@ MAX_STEP = 12.0
 
 
 def posterior_mean(
-    log_density: LogDensity,
+    log_density_of: Callable[[slice], LogDensity],
     anchors: th.Tensor,
-    log_prob: th.Tensor,
     denoised: th.Tensor,
     x: th.Tensor,
     sigma: th.Tensor,
     policy_std: th.Tensor,
     n_samples: int,
+    n_pooled: int,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``E[u | x]`` in two ways: by :func:`pooled_mean` while enough candidates have weight, and otherwise by
-    :func:`gradient_step`, which sharpens the modes and leaves their shares as they are (too few candidates do not: the
-    largest mode, which has most of them, takes all); the shares are then compared by :func:`reweighted_mean`, where
-    noise wider than the policy hides the modes. Between them the choice is random. All are right at the Boltzmann
-    distribution, so that their mixture hardly moves it; and the choice hardly depends on the mode (its probability is
-    one for all states of the batch).
+    ``E[u | x]`` by :func:`pooled_mean` in the first states, and in the others by :func:`gradient_step`. Both are right at the
+    Boltzmann distribution, so that their mixture hardly moves it; and which of the two does not depend on the mode.
 
-    :param log_density: log-density of u up to a constant, differentiable
+    :param log_density_of: some of the states -> log-density of u in these up to a constant, differentiable
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
-    :param log_prob: log-density of u under the policy for the first states, shape (up to n_states, n_anchors)
     :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
     :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
     :param sigma: noise levels, shape (n_states, n_anchors, 1)
     :param policy_std: standard deviation of the policy, shape (action_dim,)
-    :param n_samples: number of values of ``log_density`` per target, at least 2
-    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates, of shape
-        (n_states, n_anchors, n_anchors * n_samples)
+    :param n_samples: number of values of the log-density per target of the first kind, at least 2
+    :param n_pooled: how many states are the first; see :func:`count_pooled`
+    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates in the first
+        states, but of an eighth of all at least, of shape (..., n_anchors, n_anchors * n_samples)
     """
-    target, log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
-    step_share = (ENOUGH_SAMPLES - effective_sample_size(log_weights).mean()) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
-    is_step = th.rand_like(sigma) < step_share
-    values, gradient = value_and_gradient(log_density, anchors)
-    step = gradient_step(gradient, anchors, denoised, x, sigma, policy_std)
-    dense = slice(len(log_prob))
-    reweighted = reweighted_mean(values[dense] - log_prob, anchors[dense], x[dense], sigma[dense])
-    step[dense] = th.where(sigma[dense] > policy_std.mean(), reweighted, step[dense])
-    return th.where(is_step, step, target), log_weights
+    n_weighed = max(n_pooled, math.ceil(WEIGHED_SHARE * len(x)))
+    first, others = slice(n_weighed), slice(n_pooled, None)
+    target, log_weights = pooled_mean(log_density_of(first), anchors[first], x[first], sigma[first], n_samples)
+    if n_pooled < len(x):
+        _, gradient = value_and_gradient(log_density_of(others), anchors[others])
+        step = gradient_step(gradient, anchors[others], denoised[others], x[others], sigma[others], policy_std)
+        target = th.cat([target[:n_pooled], step])
+    return target, log_weights
+
+
+def count_pooled(mean_ess: float, n_states: int) -> int:
+    """
+    In how many states to use :func:`pooled_mean`: in all while enough candidates have weight, and in none while too few
+    have. :func:`gradient_step` sharpens the modes and leaves their shares as they are; too few candidates do not: the
+    largest mode, which has most of them, takes all.
+
+    :param mean_ess: mean of the effective sample size over the last updates
+    :param n_states: number of states
+    :return: number of states
+    """
+    share = (mean_ess - TOO_FEW_SAMPLES) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
+    return round(n_states * min(max(share, 0), 1))
 
 
 def pooled_mean(
@@ -114,22 +125,6 @@ def pooled_mean(
     log_weights[:, :, :n_anchors].masked_fill_(is_foreign, -math.inf)
     log_weights = th.log_softmax(log_weights, dim=2)
     return log_weights.exp() @ candidates, log_weights
-
-
-def reweighted_mean(log_ratio: th.Tensor, anchors: th.Tensor, x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-    """
-    ``E[u | x]`` as the mean of the anchors of the state, weighted by ``pi(u) N(x; u, sigma^2) / p(u)`` with the policy's
-    density p (i-SIR as in :func:`pooled_mean`, with the policy for the proposal). However many dimensions there are, the
-    weights do not degenerate while the policy is near pi; but nothing new is found.
-
-    :param log_ratio: ``log pi(u) - log p(u)`` up to a constant of the state, shape (n_states, n_anchors)
-    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
-    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
-    :param sigma: noise levels, shape (n_states, n_anchors, 1)
-    :return: targets of shape (n_states, n_anchors, action_dim)
-    """
-    log_weights = log_ratio.unsqueeze(1) + log_normal(anchors.unsqueeze(1), x.unsqueeze(2), sigma.unsqueeze(2))
-    return log_weights.softmax(dim=2) @ anchors
 
 
 def gradient_step(

@@ -113,6 +113,30 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     return denoised.lerp(previous_denoised, -weight).nan_to_num().clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
 
+def solve_forward_ode(denoise: Callable[[th.Tensor, int], th.Tensor], unsquashed: th.Tensor, levels: list[float]) -> th.Tensor:
+    """
+    The latents from which :func:`solve_reverse_ode` draws given actions, up to the errors of both solvers.
+
+    :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
+    :param unsquashed: unsquashed actions u, shape (..., action_dim)
+    :param levels: noise levels, falling
+    :return: latents of the shape of ``unsquashed``
+    """
+    last = len(levels) - 1
+    # For small sigma, x moves away from u by half of -sigma^2 times the score
+    x = unsquashed + (unsquashed - denoise(unsquashed, last)) / 2
+    previous_denoised, previous_log_step = x, math.inf
+    for step in range(last, 1, -1):
+        denoised = denoise(x, step)
+        log_step = math.log(levels[step - 1] / levels[step])
+        middle = denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
+        x = middle.lerp(x, levels[step - 1] / levels[step])
+        previous_denoised, previous_log_step = denoised, log_step
+    # Above SIGMA_BROAD the denoiser answers the mean
+    mean = denoise(levels[0] / levels[1] * (x - denoise(x, 1)), 0)
+    return (x - mean) / levels[1]
+
+
 def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:
     """
     Log-determinant of the Jacobian of ``a = tanh(u)``, as in SAC (appendix C of Haarnoja et al. 2018,

@@ -16,16 +16,23 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import N_ANCHORS, effective_sample_size, energy_gradient, posterior_mean
+from sb3_dqs.boltzmann import (
+    ENOUGH_SAMPLES,
+    N_ANCHORS,
+    LogDensity,
+    count_pooled,
+    effective_sample_size,
+    energy_gradient,
+    posterior_mean,
+)
 from sb3_dqs.checks import check_arguments, check_finite, check_policy, make_checked_env
 from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
-from sb3_dqs.entropy import jacobian_log_prob
+from sb3_dqs.entropy import trace_steps
 from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
 
-# Noise levels of the log-density in the soft backup: more cost more, fewer add more noise (with 4 of them its standard
-# deviation is about twice that of the log-density itself)
-N_BACKUP_LEVELS = 4
+# Rate of the running mean of the effective sample size
+ESS_UPDATE_RATE = 0.05
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
@@ -188,6 +195,7 @@ class DQS(OffPolicyAlgorithm):
         self.diffusion_steps = diffusion_steps
         self.score_target = score_target
         self.backup = backup
+        self.mean_ess = ENOUGH_SAMPLES
 
         if _init_setup_model:
             self._setup_model()
@@ -205,6 +213,7 @@ class DQS(OffPolicyAlgorithm):
             self.target_entropy = -float(self.actor.action_dim)
         else:
             self.target_entropy = float(self.target_entropy)
+        self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else th.float32
         self.temperature = make_temperature(self.ent_coef, self.lr_schedule(1), self.device)
 
     def _create_aliases(self) -> None:
@@ -223,9 +232,9 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
-        # One regression target per transition; the densities of a few cost about a quarter of the samples of all
+        backup_steps = trace_steps(self.diffusion_steps)
+        # One regression target per transition
         n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
-        n_dense = min(n_states, math.ceil(batch_size / (4 * N_ANCHORS * self.actor.action_dim)))
 
         for gradient_step in range(gradient_steps):
             # Sample replay buffer
@@ -234,16 +243,24 @@ class DQS(OffPolicyAlgorithm):
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             ent_coef = self.temperature(self._current_progress_remaining)
 
+            # Draw actions of the current policy: one per next state for the critics, several per state for the actor
+            observations = slice_observations(replay_data.observations, slice(n_states))
+            embedding = self.actor.embed(observations).unsqueeze(1)
             with th.no_grad():
-                # Select action according to policy
                 next_embedding = self.actor.embed(replay_data.next_observations)
-                next_unsquashed = self.actor.sample_unsquashed(next_embedding, th.randn_like(replay_data.actions))
+                embeddings = th.cat([next_embedding, embedding.expand(-1, N_ANCHORS, -1).flatten(0, 1)])
+                latents = th.randn(len(embeddings), self.actor.action_dim, device=self.device)
+                actions, next_log_prob = self.actor.sample_with_log_prob(
+                    embeddings, latents, backup_steps, n_log_probs=batch_size, dtype=self.sampling_dtype
+                )
+                next_actions, anchors = th.tanh(actions[:batch_size]), actions[batch_size:].reshape(n_states, N_ANCHORS, -1)
+                entropy = -next_log_prob.mean()
+
                 # Compute the next Q values: min over all critics targets
-                next_q_values = th.cat(self.critic_target(replay_data.next_observations, th.tanh(next_unsquashed)), dim=1)
+                next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
                 next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
                 if self.backup == "soft":
                     # add entropy term
-                    next_log_prob = self.actor.log_prob(next_embedding, next_unsquashed, n_levels=N_BACKUP_LEVELS)
                     next_q_values = next_q_values - ent_coef * next_log_prob.reshape(-1, 1)
                 target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
@@ -256,25 +273,13 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Draw actions of the current policy, several per state
-            observations = slice_observations(replay_data.observations, slice(n_states))
-            embedding = self.actor.embed(observations).unsqueeze(1)
-            latents = th.randn(n_states, N_ANCHORS, self.actor.action_dim, device=self.device)
-            with th.no_grad():
-                anchors = self.actor.sample_unsquashed(embedding, latents)
-                entropies = self.actor.entropies(embedding[:n_dense], latents[:n_dense], anchors[:n_dense])
-                entropy = entropies.mean()
-
-            # Noise them, denoise them, and estimate what the denoiser should have answered: E[u | x] under exp(Q / ent_coef)
+            # Noise the anchors, denoise them, and estimate what the denoiser should have answered: E[u | x] under
+            # exp(Q / ent_coef)
             sigma = training_levels(n_states, N_ANCHORS, self.device)
             noisy_actions = anchors + sigma * th.randn_like(anchors)
             denoised = self.actor.denoise(embedding, noisy_actions, sigma)
             with th.no_grad():
-                # Of unsquashed actions
-                log_prob = jacobian_log_prob(entropies, latents[:n_dense]) + log_det_tanh(anchors[:n_dense])
-                target, log_weights = self._score_target(
-                    observations, anchors, log_prob, denoised, noisy_actions, sigma, ent_coef
-                )
+                target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
 
             # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
             c_out = edm_scalings(sigma)[1]
@@ -286,7 +291,7 @@ class DQS(OffPolicyAlgorithm):
 
             # Optimize the temperature
             if isinstance(self.temperature, AutoTemperature):
-                ent_coef_loss = self.temperature.update(entropy, self.target_entropy)  # type: ignore[arg-type]
+                ent_coef_loss = self.temperature.update(entropy, self.target_entropy, self.actor.action_dim)  # type: ignore[arg-type]
                 logs["ent_coef_loss"].append(ent_coef_loss)
 
             # Update target networks
@@ -307,12 +312,13 @@ class DQS(OffPolicyAlgorithm):
             mean = th.stack(values).mean().item()
             check_finite(f"train/{name}", mean, self.num_timesteps)
             self.logger.record(f"train/{name}", mean)
+            if name == "ess":
+                self.mean_ess += (1 - (1 - ESS_UPDATE_RATE) ** gradient_steps) * (mean - self.mean_ess)
 
     def _score_target(
         self,
         obs: PyTorchObs,
         anchors: th.Tensor,
-        log_prob: th.Tensor,
         denoised: th.Tensor,
         noisy_actions: th.Tensor,
         sigma: th.Tensor,
@@ -323,24 +329,26 @@ class DQS(OffPolicyAlgorithm):
 
         :param obs: Observation
         :param anchors: unsquashed actions u of the policy, shape (n_states, n_anchors, action_dim)
-        :param log_prob: log-density of u under the policy for the first states, shape (up to n_states, n_anchors)
         :param denoised: what the denoiser answered, shape (n_states, n_anchors, action_dim)
         :param noisy_actions: x, shape (n_states, n_anchors, action_dim)
         :param sigma: noise levels, shape (n_states, n_anchors, 1)
         :param ent_coef: temperature
         :return: targets of shape (n_states, n_anchors, action_dim),
-            and the normalised log-weights of their samples, of shape (n_states, n_anchors, number of samples)
+            and the normalised log-weights of their samples, of shape (n_states or fewer, n_anchors, number of samples)
         """
         features = self.critic.extract_features(obs, self.critic.features_extractor)
 
-        def log_density(unsquashed: th.Tensor) -> th.Tensor:
-            return self.critic.q1_values(features, th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
+        def log_density_of(states: slice) -> LogDensity:
+            def log_density(unsquashed: th.Tensor) -> th.Tensor:
+                return self.critic.q1_values(features[states], th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
+
+            return log_density
 
         if self.score_target == "energy_gradient":
-            return energy_gradient(log_density, noisy_actions, sigma, self.n_mc_samples)
-        return posterior_mean(
-            log_density, anchors, log_prob, denoised, noisy_actions, sigma, self.actor.get_std(), self.n_mc_samples
-        )
+            return energy_gradient(log_density_of(slice(None)), noisy_actions, sigma, self.n_mc_samples)
+        n_pooled = count_pooled(self.mean_ess, len(anchors))
+        std = self.actor.get_std()
+        return posterior_mean(log_density_of, anchors, denoised, noisy_actions, sigma, std, self.n_mc_samples, n_pooled)
 
     def learn(
         self: SelfDQS,
@@ -407,13 +415,32 @@ class DQS(OffPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "critic_target", "temperature"]  # noqa: RUF005
+        return super()._excluded_save_params() + [  # noqa: RUF005
+            "actor",
+            "critic",
+            "critic_target",
+            "temperature",
+            "sampling_dtype",  # of the machine
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
         if self.temperature.optimizer is not None:
             state_dicts += ["temperature", "temperature.optimizer"]
         return state_dicts, []
+
+
+def has_fast_bfloat16(device: th.device) -> bool:
+    """
+    Whether products of matrices are faster in bfloat16.
+
+    :param device: device
+    :return: true for CPUs with AMX or AVX512-BF16, and for GPUs with tensor cores for it
+    """
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def slice_observations(obs: PyTorchObs, rows: slice) -> PyTorchObs:

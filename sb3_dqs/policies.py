@@ -1,6 +1,7 @@
 """Networks of DQS: an actor that is a denoiser run backwards, critics, and the policies that hold both."""
 
 import warnings
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,15 @@ from sb3_dqs.diffusion import (
     edm_scalings,
     log_det_tanh,
     sampling_levels,
+    solve_forward_ode,
     solve_reverse_ode,
 )
-from sb3_dqs.entropy import jacobian_entropies, log_density
+from sb3_dqs.entropy import flow_log_density, random_signs, with_traces
 
 # The noise level enters the network as sines and cosines of 2^0 ... 2^(N_FREQUENCIES - 1) times c_noise
 N_FREQUENCIES = 8
 # Rate of the running mean of the policy's variance
 VARIANCE_UPDATE_RATE = 0.01
-# Step of the finite differences, in standard deviations of the latents
-JACOBIAN_STEP = 0.02
 # Rows that a critic values at once on a CPU (on this much memory traffic is small beside the products)
 CPU_CHUNK_ROWS = 512
 
@@ -206,55 +206,75 @@ class Actor(BasePolicy):
         """
         return th.tanh(self.sample_unsquashed(embedding, latents))
 
-    def sample_unsquashed(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
+    def sample_unsquashed(self, embedding: th.Tensor, latents: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
         """
         Run the reverse process.
 
         :param embedding: what ``embed()`` returned, shape (..., width)
         :param latents: standard normal numbers, shape (..., action_dim)
+        :param dtype: precision of the hidden layers
         :return: unsquashed actions u, shape (..., action_dim)
         """
-        # As denoise(), but what depends on the levels alone is computed once for all of them
-        c_noise = edm_scalings(latents.new_tensor(self.levels).unsqueeze(1))[3]
+        return solve_reverse_ode(self._denoiser_at_levels(embedding, dtype), latents, self.levels)
+
+    def sample_with_log_prob(
+        self,
+        embedding: th.Tensor,
+        latents: th.Tensor,
+        steps: Collection[int],
+        n_log_probs: int | None = None,
+        dtype: th.dtype = th.float32,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Run the reverse process, and tell the density of what it draws; see :func:`sb3_dqs.entropy.flow_log_density`.
+
+        :param embedding: what ``embed()`` returned, shape (n, ..., width)
+        :param latents: standard normal numbers, shape (n, ..., action_dim)
+        :param steps: of the sampler, after the first, at which the trace is taken, at the price of a denoiser call each
+        :param n_log_probs: for how many of the rows, the first; all by default
+        :param dtype: precision of the hidden layers
+        :return: unsquashed actions u, shape (n, ..., action_dim), and log-densities of ``tanh(u)`` in nats,
+            shape (n_log_probs, ...)
+        """
+        first = slice(n_log_probs)
+        denoise = self._denoiser_at_levels(th.cat([embedding, embedding[first]]), dtype)
+        denoise, traces = with_traces(denoise, random_signs(latents[first]), self.levels, steps)
+        unsquashed = solve_reverse_ode(denoise, latents, self.levels)
+        return unsquashed, flow_log_density(latents[first], traces, self.levels) - log_det_tanh(unsquashed[first])
+
+    def log_prob(self, embedding: th.Tensor, unsquashed: th.Tensor) -> th.Tensor:
+        """
+        Log-density of the policy at the actions ``tanh(u)``, from the reverse process run backwards;
+        see :func:`sb3_dqs.entropy.flow_log_density`.
+
+        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param unsquashed: unsquashed actions u, shape (..., action_dim)
+        :return: estimate in nats, shape (...)
+        """
+        denoise = self._denoiser_at_levels(th.cat([embedding, embedding]))
+        denoise, traces = with_traces(denoise, random_signs(unsquashed), self.levels, range(1, len(self.levels)))
+        latents = solve_forward_ode(denoise, unsquashed, self.levels)
+        return flow_log_density(latents, traces, self.levels) - log_det_tanh(unsquashed)
+
+    def _denoiser_at_levels(self, embedding: th.Tensor, dtype: th.dtype = th.float32) -> Callable[[th.Tensor, int], th.Tensor]:
+        """
+        ``denoise()`` at the levels of the sampler, for as many rows of the embedding, from the first, as x has. What depends
+        on the levels and on the weights alone is computed once.
+        """
+        c_noise = edm_scalings(embedding.new_tensor(self.levels).unsqueeze(1))[3]
         level_embeddings = self.embed_level(self._waves(c_noise))
+        layers = [cast(layer, dtype) for layer in self.denoiser]
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
             c_skip, c_out, c_in = self.sampling_scalings[step]
-            hidden = embedding + F.linear(c_in * x, self.embed_action.weight, level_embeddings[step])
-            return (c_skip * x).add(self.denoiser(hidden), alpha=c_out)
+            # The first layer sees small differences of x, and is small
+            hidden = F.linear(c_in * x, self.embed_action.weight, level_embeddings[step])
+            hidden = hidden.add_(embedding[: len(x)]).to(dtype)
+            for layer in layers:
+                hidden = layer(hidden)
+            return (c_skip * x).add(hidden, alpha=c_out)
 
-        return solve_reverse_ode(denoise, latents, self.levels)
-
-    def log_prob(self, embedding: th.Tensor, unsquashed: th.Tensor, n_levels: int, n_noises: int = 1) -> th.Tensor:
-        """
-        Log-density of the policy at the actions ``tanh(u)``; see :func:`sb3_dqs.entropy.log_density`.
-
-        :param embedding: what ``embed()`` returned, shape (batch_size, width)
-        :param unsquashed: unsquashed actions u, shape (batch_size, action_dim)
-        :param n_levels: number of noise levels of the integral
-        :param n_noises: number of noises per level
-        :return: noisy estimate in nats, shape (batch_size,)
-        """
-
-        def denoise(x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-            # Bounded as in the sampler
-            return self.denoise(embedding.unsqueeze(1), x, sigma).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
-
-        return log_density(denoise, unsquashed, self.get_std(), n_levels, n_noises) - log_det_tanh(unsquashed)
-
-    def entropies(self, embedding: th.Tensor, latents: th.Tensor, unsquashed: th.Tensor) -> th.Tensor:
-        """
-        Numbers whose mean is the entropy of the policy; see :func:`sb3_dqs.entropy.jacobian_entropies`. Each costs as much
-        as action_dim samples.
-
-        :param embedding: what ``embed()`` returned, shape (..., width)
-        :param latents: standard normal numbers, shape (..., action_dim)
-        :param unsquashed: what ``sample_unsquashed()`` made of them, shape (..., action_dim)
-        :return: nats, shape (...)
-        """
-        shifts = JACOBIAN_STEP * th.eye(self.action_dim, device=latents.device)
-        moved = self.sample_unsquashed(embedding.unsqueeze(-2), latents.unsqueeze(-2) + shifts)
-        return jacobian_entropies(unsquashed, (moved - unsquashed.unsqueeze(-2)) / JACOBIAN_STEP)
+        return denoise
 
     def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
         """
@@ -281,6 +301,20 @@ class Actor(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
+
+
+def cast(layer: nn.Module, dtype: th.dtype) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    A layer in another precision.
+
+    :param layer: of :func:`stable_baselines3.common.torch_layers.create_mlp`
+    :param dtype: precision
+    :return: the function that it computes
+    """
+    if not isinstance(layer, nn.Linear) or dtype == layer.weight.dtype:
+        return layer  # or an activation function
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    return lambda x: F.linear(x, weight, bias)
 
 
 def densest_action(actions: th.Tensor) -> th.Tensor:
@@ -444,11 +478,15 @@ class DQSPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
+        optimizer_kwargs = self.optimizer_kwargs
+        if self.optimizer_class is th.optim.Adam and not {"foreach", "fused", "differentiable"} & set(optimizer_kwargs):
+            optimizer_kwargs = {"fused": True, **optimizer_kwargs}  # the same numbers up to rounding, in a third of the time
+
         self.actor = self.make_actor()
         self.actor.optimizer = self.optimizer_class(
             self.actor.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
+            **optimizer_kwargs,
         )
 
         if self.share_features_extractor:
@@ -466,7 +504,7 @@ class DQSPolicy(BasePolicy):
         self.critic.optimizer = self.optimizer_class(
             critic_parameters,
             lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
+            **optimizer_kwargs,
         )
 
         # Target networks should always be in eval mode
@@ -545,15 +583,15 @@ class DQSPolicy(BasePolicy):
         return self.actor(observation, deterministic)
 
     @th.no_grad()
-    def log_prob(self, obs: PyTorchObs, actions: th.Tensor, n_levels: int = 32, n_noises: int = 8) -> th.Tensor:
+    def log_prob(self, obs: PyTorchObs, actions: th.Tensor, n_probes: int = 16) -> th.Tensor:
         """
-        Log-density of the policy, a Monte Carlo estimate from ``n_levels * n_noises`` denoiser calls per action;
-        see :mod:`sb3_dqs.entropy` for the formula and its sources.
+        Log-density of the policy, from the sampler run backwards; see :mod:`sb3_dqs.entropy` for the formula and its
+        sources.
 
         :param obs: Observation
         :param actions: actions in [-1, 1] (as in the replay buffer), one per observation
-        :param n_levels: number of noise levels of the integral
-        :param n_noises: number of noises per level
+        :param n_probes: number of random directions that the estimate is averaged over; with one action dimension all
+            give the same
         :return: log-density with respect to the actions in [-1, 1], in nats, shape (batch_size,)
         :raises ValueError: if the actions are no tensor, lie outside [-1, 1], or are not one per observation
         """
@@ -566,22 +604,24 @@ class DQSPolicy(BasePolicy):
                 "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
             )
         unsquashed = TanhBijector.inverse(actions.to(embedding.dtype).flatten(start_dim=1))
-        return self.actor.log_prob(embedding, unsquashed.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED), n_levels, n_noises)
+        repeated = unsquashed.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED).unsqueeze(1).expand(-1, n_probes, -1)
+        return self.actor.log_prob(embedding.unsqueeze(1), repeated).mean(dim=1)
 
     @th.no_grad()
     def entropy(self, obs: PyTorchObs, n_actions: int = 64) -> th.Tensor:
         """
-        Entropy of the policy, from the Jacobian of the sampler; see :func:`sb3_dqs.entropy.jacobian_entropies`.
+        Entropy of the policy, the mean of minus the log-density of its actions; see
+        :func:`sb3_dqs.entropy.flow_log_density`.
 
         :param obs: Observation
         :param n_actions: number of actions per state
         :return: entropy of the action in [-1, 1]^d, in nats, shape (batch_size,)
         """
         self.set_training_mode(False)  # as predict()
-        embedding = self.actor.embed(obs).repeat_interleave(n_actions, dim=0)
-        latents = th.randn(len(embedding), self.actor.action_dim, device=embedding.device)
-        entropies = self.actor.entropies(embedding, latents, self.actor.sample_unsquashed(embedding, latents))
-        return entropies.reshape(-1, n_actions).mean(dim=1)
+        embedding = self.actor.embed(obs).unsqueeze(1)
+        latents = th.randn(len(embedding), n_actions, self.actor.action_dim, device=embedding.device)
+        _, log_prob = self.actor.sample_with_log_prob(embedding, latents, range(1, len(self.actor.levels)))
+        return -log_prob.mean(dim=1)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """

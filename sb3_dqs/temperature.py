@@ -7,6 +7,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
+# Steps of log ent_coef, in learning rates: per unit of the error, and at most so many upwards (downwards one)
+GAIN = 10.0
+MAX_RISE = 3.0
+# Rate of the running mean of the error, to take the noise from few actions
+ERROR_UPDATE_RATE = 0.05
+
 
 class LogLinearSchedule:
     """
@@ -56,28 +62,39 @@ class AutoTemperature(nn.Module):
     Temperature tuned by gradient steps on its logarithm, as in SAC (Haarnoja et al. 2018,
     https://arxiv.org/abs/1812.05905, equation (18)): it falls while the entropy is above the target.
 
+    Where Adam would make the steps even, they are in proportion to a running mean of the error, up to a limit: the learning
+    rate on the way down, as in SAC, and ``MAX_RISE`` times as much on the way up, because Q, when returns improve, grows
+    faster than SAC's steps.
+
     :param initial: initial value, positive
-    :param learning_rate: initial learning rate of Adam
+    :param learning_rate: initial learning rate
     :param device: device of the parameter
     """
+
+    mean_error: th.Tensor
 
     def __init__(self, initial: float, learning_rate: float, device: th.device | str):
         super().__init__()
         self.log_ent_coef = nn.Parameter(th.full((1,), math.log(initial), device=device))
-        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+        self.register_buffer("mean_error", th.zeros((), device=device))
+        self.optimizer = th.optim.SGD([self.log_ent_coef], lr=learning_rate)
 
     def forward(self, progress_remaining: float) -> th.Tensor:
         return self.log_ent_coef.detach().exp()
 
-    def update(self, entropy: th.Tensor, target_entropy: float) -> th.Tensor:
+    def update(self, entropy: th.Tensor, target_entropy: float, action_dim: int) -> th.Tensor:
         """
         One gradient step.
 
         :param entropy: estimate of the policy's entropy in nats, scalar
         :param target_entropy: in nats
+        :param action_dim: d
         :return: the loss, before the step
         """
-        loss = (self.log_ent_coef * (entropy - target_entropy).detach()).mean()
+        # d/2 nats more: a temperature e times as high, for a Boltzmann policy of a quadratic Q
+        error = (entropy - target_entropy) / (action_dim / 2)
+        self.mean_error.lerp_(error, ERROR_UPDATE_RATE)
+        loss = (self.log_ent_coef * (GAIN * self.mean_error).clamp(-MAX_RISE, 1)).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

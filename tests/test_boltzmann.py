@@ -15,12 +15,13 @@ from sb3_dqs.boltzmann import (
     N_ANCHORS,
     PRIOR_STD,
     TOO_FEW_SAMPLES,
+    WEIGHED_SHARE,
+    count_pooled,
     effective_sample_size,
     energy_gradient,
     gradient_step,
     pooled_mean,
     posterior_mean,
-    reweighted_mean,
     value_and_gradient,
 )
 from sb3_dqs.diffusion import training_levels
@@ -114,29 +115,6 @@ def test_pool_is_that_of_the_state():
     assert th.equal(pooled_mean(log_density_of("linear"), anchors, other, sigma, n_samples)[0][0], target[0])
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.9, 2.0, 20.0])
-def test_reweighted_mean_is_unbiased_at_the_fixed_point(sigma):
-    """The other anchors come from another policy than pi; with its density, that does not matter."""
-    exact, anchors, x = draw_at_the_fixed_point("two modes", sigma, 8000)
-    policy = th.distributions.Normal(0.3, 0.8)
-    anchors = th.cat([anchors, policy.sample((len(anchors), 3, 1))], dim=1)
-    log_ratio = log_density_of("two modes")(anchors) - policy.log_prob(anchors).squeeze(2)
-    xs = x.expand(-1, 4, -1)  # the target of the first alone is looked at
-    target = reweighted_mean(log_ratio, anchors, xs, th.full_like(xs, sigma))
-    assert target.shape == xs.shape
-    assert_zero_mean(target[:, :1] - exact, floor=1e-4)
-
-
-def test_reweighted_mean_restores_the_shares_of_modes():
-    """Anchors of a policy whose modes have the wrong shares: at high noise the mean is the right one, up to 1 / n."""
-    shares, right, n = th.tensor([0.9, 0.1]), th.tensor([0.3, 0.7]), 4000
-    modes = th.distributions.Categorical(shares).sample((1, n))
-    anchors = (2.0 * modes - 1).unsqueeze(2)
-    sigma = th.full((1, n, 1), 20.0)
-    target = reweighted_mean((right / shares).log()[modes], anchors, anchors + sigma * th.randn(1, n, 1), sigma)
-    assert target.mean().item() == pytest.approx(0.4, abs=N_STANDARD_ERRORS * 2 / math.sqrt(0.1 * n))
-
-
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("sigma", [0.02, 0.2, 0.8, 2.0, 20.0])
 @pytest.mark.parametrize("policy_std", [0.3, 1.0])
@@ -187,7 +165,7 @@ def test_targets_of_steep_energies_are_finite(slope):
     for target, _ in (
         pooled_mean(log_density, anchors, x, sigma, 4),
         energy_gradient(log_density, x, sigma, 4),
-        posterior_mean(log_density, anchors, th.zeros(50, 4), anchors, x, sigma, policy_std, 4),
+        posterior_mean(lambda states: log_density, anchors, anchors, x, sigma, policy_std, 4, 25),
     ):
         assert target.isfinite().all()
 
@@ -195,41 +173,32 @@ def test_targets_of_steep_energies_are_finite(slope):
 class TestPosteriorMean:
     """Which of the two estimators gives the targets."""
 
-    def targets(self, log_density, n_samples, n_states=50):
-        """
-        All, those of the pool from the same random numbers, those of the gradient (above the policy's width, and of the
-        first three states: those reweighted), and the effective sample size.
-        """
-        anchors, sigma = th.randn(n_states, 4, 2).clamp(-2, 2), training_levels(n_states, 4)
+    @pytest.mark.parametrize("n_pooled", [0, 1, 30, 40])
+    def test_pool_in_the_first_states_and_gradient_in_the_others(self, n_pooled):
+        anchors, sigma = th.randn(40, 4, 2).clamp(-2, 2), training_levels(40, 4)
         x, denoised, std = anchors + sigma * th.randn_like(anchors), th.zeros_like(anchors), th.full((2,), 0.9)
-        log_prob = th.randn(3, 4)
+        slopes = th.linspace(1, 3, 40).reshape(-1, 1)  # each state has its own energy
+
+        def log_density_of(states):
+            return lambda u: slopes[states] * u.sum(dim=2)
+
         th.manual_seed(1)
-        target, log_weights = posterior_mean(log_density, anchors, log_prob, denoised, x, sigma, std, n_samples)
+        target, log_weights = posterior_mean(log_density_of, anchors, denoised, x, sigma, std, 5, n_pooled)
+        weighed = max(n_pooled, 40 * WEIGHED_SHARE)
+        first = slice(int(weighed))
         th.manual_seed(1)
-        pooled, expected_log_weights = pooled_mean(log_density, anchors, x, sigma, n_samples)
+        pooled, expected_log_weights = pooled_mean(log_density_of(first), anchors[first], x[first], sigma[first], 5)
+        step = gradient_step(gradient_of(log_density_of(slice(None)), anchors), anchors, denoised, x, sigma, std)
         assert th.equal(log_weights, expected_log_weights)
-        values, gradient = value_and_gradient(log_density, anchors)
-        step = gradient_step(gradient, anchors, denoised, x, sigma, std)
-        reweighted = reweighted_mean(values[:3] - log_prob, anchors[:3], x[:3], sigma[:3])
-        step[:3] = th.where(sigma[:3] > 0.9, reweighted, step[:3])
-        return target, pooled, step, effective_sample_size(log_weights).mean().item()
+        assert th.equal(target[:n_pooled], pooled[:n_pooled]) and th.equal(target[n_pooled:], step[n_pooled:])
 
-    def test_of_gentle_energies_comes_from_the_pool(self):
-        target, pooled, _, ess = self.targets(log_density_of("flat"), 32)
-        assert ess > ENOUGH_SAMPLES and th.equal(target, pooled)
-
-    def test_of_steep_energies_comes_from_the_gradient(self):
-        target, pooled, step, ess = self.targets(lambda u: 1e4 * u.sum(dim=2), 4, n_states=1000)
-        assert ess < TOO_FEW_SAMPLES and th.equal(target, step) and not th.equal(target, pooled)
-
-    def test_between_them_is_a_mixture(self):
-        target, pooled, step, ess = self.targets(log_density_of("linear"), 4, n_states=1000)
-        assert TOO_FEW_SAMPLES < ess < ENOUGH_SAMPLES
-        is_step, is_pooled = ((target == each).all(dim=2) for each in (step, pooled))
-        assert (is_step ^ is_pooled).all()
-        share = (ENOUGH_SAMPLES - ess) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
-        standard_error = math.sqrt(share * (1 - share) / is_step.numel())
-        assert is_step.double().mean().item() == pytest.approx(share, abs=N_STANDARD_ERRORS * standard_error)
+    @given(st.floats(1, 1000), st.integers(1, 1000))
+    def test_number_of_states(self, mean_ess, n_states):
+        n_pooled = count_pooled(mean_ess, n_states)
+        assert isinstance(n_pooled, int) and 0 <= n_pooled <= n_states
+        assert n_pooled == n_states or mean_ess < ENOUGH_SAMPLES
+        assert n_pooled == 0 or mean_ess > TOO_FEW_SAMPLES
+        assert count_pooled((ENOUGH_SAMPLES + TOO_FEW_SAMPLES) / 2, 2 * n_states) == n_states
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])

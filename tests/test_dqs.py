@@ -22,6 +22,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.boltzmann import energy_gradient, posterior_mean
 from sb3_dqs.diffusion import training_levels
+from sb3_dqs.dqs import has_fast_bfloat16
+from sb3_dqs.entropy import trace_steps
 from sb3_dqs.temperature import LogLinearSchedule
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
@@ -83,19 +85,24 @@ def test_scheduled_temperature_follows_the_progress(make_model):
     assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(0.01, rel=0.1)
 
 
-@pytest.mark.parametrize("score_target", ["posterior_mean", "energy_gradient"])
-def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, score_target):
+@pytest.mark.parametrize(
+    ("score_target", "mean_ess", "n_pooled"),
+    [("posterior_mean", 9.0, 5), ("posterior_mean", 1.0, 0), ("energy_gradient", 1.0, 5)],
+)
+def test_score_target_is_that_of_the_squashed_critic(make_model, monkeypatch, score_target, mean_ess, n_pooled):
     """Of unsquashed actions, with the log-determinant of the squashing, at the temperature."""
     model = make_model(score_target=score_target)
+    model.mean_ess = mean_ess
     monkeypatch.setattr(model.critic, "q1_values", lambda features, actions: 0.2 * 3 * actions.sum(dim=2))
     anchors, sigma = th.randn(5, 4, 1), training_levels(5, 4)
     x = anchors + sigma * th.randn_like(anchors)
-    arguments = anchors, th.zeros(2, 4), 0 * anchors, x, sigma
+    arguments = anchors, 0 * anchors, x, sigma
     th.manual_seed(1)
     target, _ = model._score_target(th.zeros(5, 3), *arguments, 0.2)
     th.manual_seed(1)
     if score_target == "posterior_mean":
-        expected, _ = posterior_mean(log_density_of("linear"), *arguments, model.actor.get_std(), model.n_mc_samples)
+        std, density = model.actor.get_std(), log_density_of("linear")
+        expected, _ = posterior_mean(lambda states: density, *arguments, std, model.n_mc_samples, n_pooled)
     else:
         expected, _ = energy_gradient(log_density_of("linear"), x, sigma, model.n_mc_samples)
     assert th.allclose(target, expected, rtol=1e-3, atol=1e-4)
@@ -114,7 +121,7 @@ def test_training_sees_the_entropy_that_the_policy_reports(make_model):
     model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv()).learn(30)
     model.train(50, 64)
     expected = model.policy.entropy(model.replay_buffer.sample(20).observations, n_actions=200).mean().item()
-    # 16 states in each of 50 updates, at a standard deviation of one or two nats each
+    # 64 states in each of 50 updates; half as many traces as the policy itself takes
     assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected, abs=0.3)
 
 
@@ -124,6 +131,48 @@ def test_score_targets_and_backups(make_model, score_target, backup):
     model = make_model(score_target=score_target, backup=backup).learn(60)
     for name in LOGGED:
         assert np.isfinite(model.logger.name_to_value[f"train/{name}"]), name
+
+
+def test_sampling_in_bfloat16_is_sampling(make_model, monkeypatch):
+    """Where the processor is fast at it; the densities, from small differences, are the same on average."""
+    model = make_model().learn(200)
+    actor, n = model.actor, 4000
+    assert model.sampling_dtype == (th.bfloat16 if has_fast_bfloat16(model.device) else th.float32)
+    embedding, latents = actor.embed(th.randn(1, 3)).expand(n, -1), th.randn(n, 1)
+    with th.no_grad():
+        (exact, exact_log_prob), (actions, log_prob) = (
+            actor.sample_with_log_prob(embedding, latents, trace_steps(8), dtype=dtype) for dtype in (th.float32, th.bfloat16)
+        )
+    assert (actions - exact).abs().mean() < 0.01 * exact.std()
+    errors = log_prob - exact_log_prob
+    assert errors.abs().mean() < 0.1 and abs(errors.mean()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_training_in_both_precisions(make_model, dtype):
+    model = make_model().learn(30)
+    model.sampling_dtype = dtype
+    model.train(5, 64)
+    assert all(param.dtype == th.float32 and param.isfinite().all() for param in model.policy.parameters())
+
+
+def test_actions_of_the_actor_and_the_log_probs_are_those_of_the_sampler(make_model, monkeypatch):
+    """One run of the sampler serves both; the densities are those of the next actions."""
+    model, seen = make_model().learn(30), {}
+    sample, score_target = model.actor.sample_with_log_prob, model._score_target
+
+    def spy(embedding, latents, steps, n_log_probs, dtype):
+        seen["actions"], seen["log_prob"] = sample(embedding, latents, steps, n_log_probs, dtype)
+        return seen["actions"], seen["log_prob"]
+
+    monkeypatch.setattr(model.actor, "sample_with_log_prob", spy)
+    monkeypatch.setattr(
+        model, "_score_target", lambda obs, anchors, *args: seen.update(anchors=anchors) or score_target(obs, anchors, *args)
+    )
+    model.train(1, 64)
+    assert seen["log_prob"].shape == (64,) and len(seen["actions"]) == 128
+    assert th.equal(seen["anchors"], seen["actions"][64:].reshape(16, 4, 1))
+    assert model.logger.name_to_value["train/entropy"] == pytest.approx(-seen["log_prob"].mean().item())
 
 
 def test_backups_differ_by_the_entropy_bonus(make_model):

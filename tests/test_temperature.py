@@ -1,9 +1,12 @@
 """Fixed, scheduled and tuned temperatures."""
 
+import math
+
+import numpy as np
 import pytest
 import torch as th
 
-from sb3_dqs.temperature import AutoTemperature, LogLinearSchedule, ScheduledTemperature, make_temperature
+from sb3_dqs.temperature import GAIN, MAX_RISE, AutoTemperature, LogLinearSchedule, ScheduledTemperature, make_temperature
 
 
 def test_fixed():
@@ -31,12 +34,42 @@ def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
     temperature = make_temperature(ent_coef, 0.1, "cpu")
     assert isinstance(temperature, AutoTemperature)
     assert temperature(1.0).item() == pytest.approx(initial)
-    temperature.update(th.tensor(0.0), target_entropy=-1.0)
+    temperature.update(th.tensor(0.0), target_entropy=-1.0, action_dim=1)
     after_high_entropy = temperature(1.0).item()
     assert after_high_entropy < initial
     for _ in range(30):
-        temperature.update(th.tensor(-3.0), target_entropy=-1.0)
+        temperature.update(th.tensor(-3.0), target_entropy=-1.0, action_dim=1)
     assert temperature(1.0).item() > after_high_entropy
+
+
+@pytest.mark.parametrize(
+    ("entropy", "rate"), [(10.0, -1.0), (-10.0, MAX_RISE), (-6.0, 0.0), (-5.9, -GAIN * 0.1 / 3), (-6.1, GAIN * 0.1 / 3)]
+)
+def test_steps_of_the_tuned_temperature(entropy, rate):
+    """In proportion to the error per half dimension, limited, in units of the learning rate."""
+    temperature = make_temperature("auto", 1e-3, "cpu")
+    for _ in range(200):  # until the running mean is there
+        loss = temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6)
+    before = temperature.log_ent_coef.item()
+    assert loss.item() == pytest.approx(-rate * before, abs=0.02)
+    temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6)
+    assert temperature.log_ent_coef.item() - before == pytest.approx(1e-3 * rate, rel=1e-2, abs=1e-6)
+
+
+def test_tuned_temperature_keeps_the_entropy_of_a_growing_critic_at_its_target():
+    """
+    A policy exp(Q / ent_coef) whose Q is quadratic and grows by a learning rate per step, with noise of one nat: of 500
+    values the mean is within 0.5 nats.
+    """
+    dim, target_entropy, learning_rate, errors = 6, -6.0, 3e-4, []
+    temperature = make_temperature("auto_0.01", learning_rate, "cpu")
+    scale = math.exp(2 * 6 / dim) * 2 * math.pi * math.e * 0.01  # the entropy is at its target
+    for _ in range(3000):
+        scale *= math.exp(learning_rate)
+        entropy = dim / 2 * math.log(2 * math.pi * math.e * temperature(1.0).item() / scale)
+        errors.append(entropy - target_entropy)
+        temperature.update(th.tensor(entropy + th.randn(()).item()), target_entropy, dim)
+    assert abs(np.mean(errors[-500:])) < 0.5
 
 
 @pytest.mark.parametrize(
