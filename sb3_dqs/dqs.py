@@ -438,7 +438,7 @@ def has_fast_bfloat16(device: th.device) -> bool:
     :return: true for CPUs with AMX or AVX512-BF16, and for GPUs with tensor cores for it
     """
     if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
+        return th.cuda.get_device_capability(device) >= (8, 0)
     capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 

@@ -88,6 +88,14 @@ def test_architectures(make_model, net_arch, activation_fn):
     assert np.isfinite(model.predict(model.env.reset(), deterministic=True)[0]).all()
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"eps": 1e-4}, {"foreach": True}, {"differentiable": True}, {"fused": False}])
+def test_adam_is_fused_unless_the_user_wants_it_otherwise(kwargs):
+    policy = make_policy(optimizer_kwargs=kwargs)
+    for optimizer in (policy.actor.optimizer, policy.critic.optimizer):
+        assert bool(optimizer.defaults["fused"]) == (set(kwargs) <= {"eps"})
+        assert all(optimizer.defaults[name] == value for name, value in kwargs.items())
+
+
 @pytest.mark.parametrize("kwargs", [{"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-4}}, {"n_critics": 1}])
 def test_optimizers_and_number_of_critics(make_model, kwargs):
     model = make_model(policy_kwargs=kwargs).learn(40)
