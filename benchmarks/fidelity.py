@@ -56,7 +56,7 @@ INITIAL_ENT_COEF, ANNEALED = 20.0, 0.5
 GAUSSIAN_LEARNING_RATE = 2e-2
 # The distance of finite sets is itself noisy: medians of a few
 N_ACTIONS, N_REPEATS = 5000, 5
-DEFAULT, PAPER = "posterior mean, K=8", "energy gradient, K=64"
+DEFAULT, PAPER = "posterior mean, K=12", "energy gradient, K=64"
 # Takes minutes per target: only where it is cheapest, unless asked for by name
 DEAR, DEAR_TARGETS = "energy gradient, K=1000", ("two modes 1-D", "four modes 2-D")
 STEP_COUNTS = (4, 6, 8, 10, 16)

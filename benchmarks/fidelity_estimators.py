@@ -91,8 +91,7 @@ def q_score(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: 
 
 
 ESTIMATORS = {
-    "posterior mean, K=8": Estimator(posterior_mean, 8),
-    "posterior mean, K=16": Estimator(posterior_mean, 16),
+    "posterior mean, K=12": Estimator(posterior_mean, 12),
     "posterior mean, K=64": Estimator(posterior_mean, 64),
     "energy gradient, K=64": Estimator(of_noisy_actions(energy_gradient), 64),
     "energy gradient, K=1000": Estimator(of_noisy_actions(energy_gradient), 1000),

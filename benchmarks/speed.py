@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt
 PAPER: dict[str, Any] = {
     "score_target": "energy_gradient",
     "n_mc_samples": 1000,
+    "policy_delay": 1,
     "backup": "hard",
     "ent_coef": "log_linear_1.0_0.01",
 }
@@ -51,8 +52,9 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
 }
 ENVS = ("Pendulum-v1", "HalfCheetah-v5", "Humanoid-v5")
 BATCH_SIZE = 256
-# Of one measurement of the learning
-LEARN_STEPS = 200
+# Of one measurement of the learning, and of calls of train(1, 256): some algorithms update their actor every second or third
+# step only
+LEARN_STEPS, TRAIN_STEPS = 200, 6
 MEASURES = (
     "train(1, 256)",
     "predict 1, stochastic",
@@ -105,6 +107,11 @@ def make_model(name: str, env: Any, device: str, **kwargs: Any) -> OffPolicyAlgo
     return model.learn(100)
 
 
+def train(model: OffPolicyAlgorithm, batch_size: int) -> None:
+    for _ in range(TRAIN_STEPS):
+        model.train(1, batch_size)
+
+
 def clock(run: Callable[[], Any], device: str) -> float:
     """Seconds."""
     now = time.process_time if device == "cpu" else time.perf_counter
@@ -121,7 +128,7 @@ def measures_of(name: str, env_id: str, device: str) -> dict[str, Callable[[], A
     space = model.observation_space
     observations = {n: np.stack([space.sample() for _ in range(n)]).astype(np.float32) for n in (1, 16, 256)}
     observations[1] = observations[1][0]
-    measures: dict[str, Callable[[], Any]] = {MEASURES[0]: partial(model.train, 1, BATCH_SIZE)}
+    measures: dict[str, Callable[[], Any]] = {MEASURES[0]: partial(train, model, BATCH_SIZE)}
     for measure in MEASURES[1:7]:
         n, deterministic = int(measure.split()[1].strip(",")), measure.endswith("deterministic")
         measures[measure] = partial(model.predict, observations[n], deterministic=deterministic)
@@ -145,7 +152,8 @@ def time_in_turns(
                 if repeat < max(n_repeats, 1):
                     seconds = clock(run, device)
                     if repeat >= 0:
-                        times.setdefault((name, measure), []).append(seconds)
+                        n_runs = 1 if measure.startswith("learn") or "predict" in measure else TRAIN_STEPS
+                        times.setdefault((name, measure), []).append(seconds / n_runs)
         progress.update()
     return times
 
@@ -213,7 +221,7 @@ def growth_runs(quantity: str, device: str) -> dict[str, dict[str, Callable[[], 
         elif quantity != "environments (predict)":
             kwargs = {quantity: value}
         model = make_model("DQS", env, device, **kwargs)
-        run: Callable[[], Any] = partial(model.train, 1, batch_size)
+        run: Callable[[], Any] = partial(train, model, batch_size)
         if "predict" in quantity:
             run = partial(model.predict, np.stack([env.observation_space.sample() for _ in range(value)]))
         runs[str(value)] = {quantity: run}

@@ -88,16 +88,15 @@ def pooled_mean(
     """
     ``E[u | x]`` by iterated sampling-importance-resampling (i-SIR; Andrieu, Lee and Vihola 2018,
     https://arxiv.org/abs/1312.6432) with one pool of candidates per state: the mean of candidates weighted by
-    ``p(u|x) / q(u)``. Every noisy copy proposes some, from a normal distribution around it that is moved one step uphill
-    on log p(u|x), and all copies of the state use them all: with noise levels that differ, some of the pool are close to
-    what the policy has and others find what it has lost. q is the mixture of these distributions (the balance heuristic
-    of Veach and Guibas 1995, https://doi.org/10.1145/218380.218498). One more candidate is the action that x was made
-    from (the anchor).
+    ``p(u|x) / q(u)``. Every noisy copy proposes some, from :func:`broad_proposal`, and all copies of the state use them
+    all: with noise levels that differ, some of the pool are close to what the policy has and others find what it has
+    lost. q is the mixture of these distributions (the balance heuristic of Veach and Guibas 1995,
+    https://doi.org/10.1145/218380.218498). One more candidate is the action that x was made from (the anchor).
 
     If the anchors are distributed as pi, then the anchor is a draw from p(u|x), and few samples hardly move the fixed
     point (not at all, if candidates were drawn independently from the mixture; here each component gives its share).
 
-    :param log_density: log-density of u up to a constant, differentiable
+    :param log_density: log-density of u up to a constant
     :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
     :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
     :param sigma: noise levels, shape (n_states, n_anchors, 1)
@@ -106,11 +105,7 @@ def pooled_mean(
         (n_states, n_anchors, n_anchors * n_samples), those of the other anchors minus infinity
     """
     n_states, n_anchors, action_dim = x.shape
-    start, width = broad_proposal(x, sigma)
-    _, gradient = value_and_gradient(lambda u: log_density(u) + log_normal(u, x, sigma), start)
-    # The step is at most one width in each dimension, however steep the energy
-    center = start + width * th.tanh(width * gradient)
-
+    center, width = broad_proposal(x, sigma)
     noise = th.randn(n_states, n_anchors, n_samples - 1, action_dim, device=x.device)
     proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
     candidates = th.cat([anchors, proposals.flatten(1, 2)], dim=1)

@@ -56,6 +56,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
     "sde_sample_freq": (lambda v: v == -1 or is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
     "n_mc_samples": (lambda v: is_int(v, 2), "an integer >= 2"),
+    "policy_delay": (lambda v: is_int(v, 1), "an integer >= 1"),
     "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),

@@ -97,6 +97,7 @@ class DQS(OffPolicyAlgorithm):
     :param n_mc_samples: Number of Monte Carlo samples K of the score target, that is of actions that the critics value per
         target
     :param diffusion_steps: Number of steps of the reverse process, that is of denoiser calls per action
+    :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param score_target: What the actor regresses on: ``"posterior_mean"``
         (see :func:`sb3_dqs.boltzmann.posterior_mean`), or the paper's ``"energy_gradient"``
         (see :func:`sb3_dqs.boltzmann.energy_gradient`)
@@ -147,8 +148,9 @@ class DQS(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        n_mc_samples: int = 8,
+        n_mc_samples: int = 12,
         diffusion_steps: int = 8,
+        policy_delay: int = 2,
         score_target: str = "posterior_mean",
         backup: str = "soft",
     ):
@@ -193,6 +195,7 @@ class DQS(OffPolicyAlgorithm):
         self.target_entropy = target_entropy
         self.n_mc_samples = n_mc_samples
         self.diffusion_steps = diffusion_steps
+        self.policy_delay = policy_delay
         self.score_target = score_target
         self.backup = backup
         self.mean_ess = ENOUGH_SAMPLES
@@ -243,17 +246,21 @@ class DQS(OffPolicyAlgorithm):
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             ent_coef = self.temperature(self._current_progress_remaining)
 
-            # Draw actions of the current policy: one per next state for the critics, several per state for the actor
-            observations = slice_observations(replay_data.observations, slice(n_states))
-            embedding = self.actor.embed(observations).unsqueeze(1)
+            # Draw actions of the current policy: one per next state for the critics and, when the actor learns, too, several
+            # per state for it
+            is_actor_update = (self._n_updates + gradient_step) % self.policy_delay == 0
             with th.no_grad():
-                next_embedding = self.actor.embed(replay_data.next_observations)
-                embeddings = th.cat([next_embedding, embedding.expand(-1, N_ANCHORS, -1).flatten(0, 1)])
+                embeddings = self.actor.embed(replay_data.next_observations)
+            if is_actor_update:
+                observations = slice_observations(replay_data.observations, slice(n_states))
+                embedding = self.actor.embed(observations).unsqueeze(1)
+                embeddings = th.cat([embeddings, embedding.detach().expand(-1, N_ANCHORS, -1).flatten(0, 1)])
+            with th.no_grad():
                 latents = th.randn(len(embeddings), self.actor.action_dim, device=self.device)
                 actions, next_log_prob = self.actor.sample_with_log_prob(
                     embeddings, latents, backup_steps, n_log_probs=batch_size, dtype=self.sampling_dtype
                 )
-                next_actions, anchors = th.tanh(actions[:batch_size]), actions[batch_size:].reshape(n_states, N_ANCHORS, -1)
+                next_actions, anchors = th.tanh(actions[:batch_size]), actions[batch_size:]
                 entropy = -next_log_prob.mean()
 
                 # Compute the next Q values: min over all critics targets
@@ -273,21 +280,25 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Noise the anchors, denoise them, and estimate what the denoiser should have answered: E[u | x] under
-            # exp(Q / ent_coef)
-            sigma = training_levels(n_states, N_ANCHORS, self.device)
-            noisy_actions = anchors + sigma * th.randn_like(anchors)
-            denoised = self.actor.denoise(embedding, noisy_actions, sigma)
-            with th.no_grad():
-                target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
+            if is_actor_update:
+                # Noise the actions, denoise them, and estimate what the denoiser should have answered: E[u | x] under
+                # exp(Q / ent_coef)
+                anchors = anchors.reshape(n_states, N_ANCHORS, -1)
+                sigma = training_levels(n_states, N_ANCHORS, self.device)
+                noisy_actions = anchors + sigma * th.randn_like(anchors)
+                denoised = self.actor.denoise(embedding, noisy_actions, sigma)
+                with th.no_grad():
+                    target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
 
-            # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
-            c_out = edm_scalings(sigma)[1]
-            actor_loss = F.mse_loss(denoised / c_out, target / c_out)
-            self.actor.optimizer.zero_grad()
-            actor_loss.backward()
-            self.actor.optimizer.step()
-            self.actor.update_std(anchors - denoised.detach(), sigma)
+                # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
+                c_out = edm_scalings(sigma)[1]
+                actor_loss = F.mse_loss(denoised / c_out, target / c_out)
+                self.actor.optimizer.zero_grad()
+                actor_loss.backward()
+                self.actor.optimizer.step()
+                self.actor.update_std(anchors - denoised.detach(), sigma)
+                logs["actor_loss"].append(actor_loss.detach())
+                logs["ess"].append(effective_sample_size(log_weights).mean())
 
             # Optimize the temperature
             if isinstance(self.temperature, AutoTemperature):
@@ -301,9 +312,7 @@ class DQS(OffPolicyAlgorithm):
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
             logs["ent_coef"].append(th.as_tensor(ent_coef))
-            logs["actor_loss"].append(actor_loss.detach())
             logs["entropy"].append(entropy)
-            logs["ess"].append(effective_sample_size(log_weights).mean())
 
         self._n_updates += gradient_steps
 
@@ -313,7 +322,7 @@ class DQS(OffPolicyAlgorithm):
             check_finite(f"train/{name}", mean, self.num_timesteps)
             self.logger.record(f"train/{name}", mean)
             if name == "ess":
-                self.mean_ess += (1 - (1 - ESS_UPDATE_RATE) ** gradient_steps) * (mean - self.mean_ess)
+                self.mean_ess += (1 - (1 - ESS_UPDATE_RATE) ** len(values)) * (mean - self.mean_ess)
 
     def _score_target(
         self,

@@ -11,6 +11,7 @@ from sb3_dqs.rl_zoo import get_hyperparams_path
 PAPER = {
     "score_target": "energy_gradient",
     "n_mc_samples": 1000,
+    "policy_delay": 1,
     "backup": "hard",
     "ent_coef": "log_linear_1.0_0.01",
     "use_sde": False,

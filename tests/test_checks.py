@@ -31,6 +31,7 @@ BAD_ARGUMENTS = {
     "sde_sample_freq": [0, -2, 1.5],
     "n_mc_samples": [1, 0, -8, 8.0, "8"],
     "diffusion_steps": [2, 0, -8, 8.5],
+    "policy_delay": [0, -1, 0.5, None],
     "score_target": ["gradient", None, 1],
     "backup": ["semi", None, True],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],

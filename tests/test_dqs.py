@@ -169,10 +169,28 @@ def test_actions_of_the_actor_and_the_log_probs_are_those_of_the_sampler(make_mo
     monkeypatch.setattr(
         model, "_score_target", lambda obs, anchors, *args: seen.update(anchors=anchors) or score_target(obs, anchors, *args)
     )
+    model._n_updates = 0  # the actor is updated
     model.train(1, 64)
     assert seen["log_prob"].shape == (64,) and len(seen["actions"]) == 128
     assert th.equal(seen["anchors"], seen["actions"][64:].reshape(16, 4, 1))
     assert model.logger.name_to_value["train/entropy"] == pytest.approx(-seen["log_prob"].mean().item())
+
+
+@pytest.mark.parametrize("policy_delay", [1, 2, 3])
+@pytest.mark.parametrize("gradient_steps", [1, 4])
+def test_policy_delay(make_model, policy_delay, gradient_steps):
+    """The actor is updated once every so many gradient steps, the critics at each."""
+    model, n = make_model(policy_delay=policy_delay, learning_starts=50).learn(50), {"actor": 0, "critic": 0}
+
+    def count(name):
+        step = getattr(model, name).optimizer.step
+        return lambda: (n.update({name: n[name] + 1}), step())
+
+    for name in n:
+        getattr(model, name).optimizer.step = count(name)
+    for _ in range(12 // gradient_steps):
+        model.train(gradient_steps, 16)
+    assert n == {"actor": 12 // policy_delay, "critic": 12}
 
 
 def test_backups_differ_by_the_entropy_bonus(make_model):

@@ -15,7 +15,7 @@ def test_bandit_modes_and_entropy():
     """After a short training all four modes are alive and their shares are near."""
     ent_coef = 0.3
     model = DQS(
-        "MlpPolicy", BanditEnv(), ent_coef=ent_coef, learning_rate=2e-3, train_freq=2, learning_starts=300, seed=0,
+        "MlpPolicy", BanditEnv(), ent_coef=ent_coef, learning_rate=2e-3, learning_starts=300, seed=0,
         batch_size=128, policy_kwargs={"net_arch": [64, 64], "n_deterministic_samples": 256}, device="cpu",
     )  # fmt: skip
     model.learn(3000)
