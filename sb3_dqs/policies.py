@@ -67,6 +67,8 @@ class Actor(BasePolicy):
     latent_bank: th.Tensor
     held_latents: th.Tensor
     frequencies: th.Tensor
+    level_c_in: th.Tensor
+    level_waves: th.Tensor
     unsquashed_variance: th.Tensor
 
     def __init__(
@@ -100,8 +102,8 @@ class Actor(BasePolicy):
 
         self.action_dim = get_action_dim(self.action_space)
         self.levels = sampling_levels(diffusion_steps)
-        # c_skip, c_out and c_in of each level
-        self.sampling_scalings = th.stack(edm_scalings(th.tensor(self.levels))[:3], dim=1).tolist()
+        # c_skip and c_out of each level
+        self.sampling_scalings = th.stack(edm_scalings(th.tensor(self.levels))[:2], dim=1).tolist()
 
         # The first layer is a sum of three: its observation part is computed once for all levels and all samples
         width = net_arch[0] if len(net_arch) > 0 else self.action_dim
@@ -115,6 +117,9 @@ class Actor(BasePolicy):
 
         # Constants, rebuilt with the network and not saved
         self.register_buffer("frequencies", 2.0 ** th.arange(N_FREQUENCIES), persistent=False)
+        *_, c_in, c_noise = edm_scalings(th.tensor(self.levels).unsqueeze(1))
+        self.register_buffer("level_c_in", c_in.unsqueeze(2), persistent=False)
+        self.register_buffer("level_waves", self._waves(c_noise), persistent=False)
         uniforms = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_deterministic_samples)
         self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
         # Variance of the unsquashed action per dimension, averaged over states; at first that of the uniform policy
@@ -261,15 +266,17 @@ class Actor(BasePolicy):
         ``denoise()`` at the levels of the sampler, for as many rows of the embedding, from the first, as x has. What depends
         on the levels and on the weights alone is computed once.
         """
-        c_noise = edm_scalings(embedding.new_tensor(self.levels).unsqueeze(1))[3]
-        level_embeddings = self.embed_level(self._waves(c_noise))
+        level_embeddings = self.embed_level(self.level_waves).unbind()
+        weights = (self.level_c_in * self.embed_action.weight).unbind()
         layers = [cast(layer, dtype) for layer in self.denoiser]
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
-            c_skip, c_out, c_in = self.sampling_scalings[step]
+            c_skip, c_out = self.sampling_scalings[step]
             # The first layer sees small differences of x, and is small
-            hidden = F.linear(c_in * x, self.embed_action.weight, level_embeddings[step])
-            hidden = hidden.add_(embedding[: len(x)]).to(dtype)
+            hidden = F.linear(x, weights[step], level_embeddings[step])
+            hidden = hidden.add_(embedding if len(embedding) == len(x) else embedding[: len(x)])
+            if dtype != th.float32:
+                hidden = hidden.to(dtype)
             for layer in layers:
                 hidden = layer(hidden)
             return (c_skip * x).add(hidden, alpha=c_out)
@@ -573,7 +580,8 @@ class DQSPolicy(BasePolicy):
                 raise ValueError(
                     f"observation={part} is not finite; check the environment, or what prepares its observations."
                 )
-        return super().predict(observation, state, episode_start, deterministic)
+        with th.inference_mode():  # less to keep track of than in SB3's no_grad()
+            return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q:
