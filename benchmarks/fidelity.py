@@ -101,7 +101,7 @@ def train_actor(target: Target, log_density: LogDensity, estimator: Estimator, s
     obs, effective = th.zeros(1, 1), []
     n_states = BATCH_SIZE // N_ANCHORS
     mean_ess = ENOUGH_SAMPLES
-    dtype = th.bfloat16 if has_fast_bfloat16(actor.device) else th.float32
+    dtype = th.bfloat16 if has_fast_bfloat16(actor.device) else None
     for step in range(steps):
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)

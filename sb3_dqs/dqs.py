@@ -216,7 +216,7 @@ class DQS(OffPolicyAlgorithm):
             self.target_entropy = -float(self.actor.action_dim)
         else:
             self.target_entropy = float(self.target_entropy)
-        self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else th.float32
+        self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else None
         self.temperature = make_temperature(self.ent_coef, self.lr_schedule(1), self.device)
 
     def _create_aliases(self) -> None:

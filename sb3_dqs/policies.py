@@ -211,13 +211,13 @@ class Actor(BasePolicy):
         """
         return th.tanh(self.sample_unsquashed(embedding, latents))
 
-    def sample_unsquashed(self, embedding: th.Tensor, latents: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
+    def sample_unsquashed(self, embedding: th.Tensor, latents: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
         """
         Run the reverse process.
 
         :param embedding: what ``embed()`` returned, shape (..., width)
         :param latents: standard normal numbers, shape (..., action_dim)
-        :param dtype: precision of the hidden layers
+        :param dtype: precision of the hidden layers; by default that of the weights
         :return: unsquashed actions u, shape (..., action_dim)
         """
         return solve_reverse_ode(self._denoiser_at_levels(embedding, dtype), latents, self.levels)
@@ -228,7 +228,7 @@ class Actor(BasePolicy):
         latents: th.Tensor,
         steps: Collection[int],
         n_log_probs: int | None = None,
-        dtype: th.dtype = th.float32,
+        dtype: th.dtype | None = None,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         Run the reverse process, and tell the density of what it draws; see :func:`sb3_dqs.entropy.flow_log_density`.
@@ -237,7 +237,7 @@ class Actor(BasePolicy):
         :param latents: standard normal numbers, shape (n, ..., action_dim)
         :param steps: of the sampler, after the first, at which the trace is taken, at the price of a denoiser call each
         :param n_log_probs: for how many of the rows, the first; all by default
-        :param dtype: precision of the hidden layers
+        :param dtype: precision of the hidden layers; by default that of the weights
         :return: unsquashed actions u, shape (n, ..., action_dim), and log-densities of ``tanh(u)`` in nats,
             shape (n_log_probs, ...)
         """
@@ -261,21 +261,23 @@ class Actor(BasePolicy):
         latents = solve_forward_ode(denoise, unsquashed, self.levels)
         return flow_log_density(latents, traces, self.levels) - log_det_tanh(unsquashed)
 
-    def _denoiser_at_levels(self, embedding: th.Tensor, dtype: th.dtype = th.float32) -> Callable[[th.Tensor, int], th.Tensor]:
+    def _denoiser_at_levels(
+        self, embedding: th.Tensor, dtype: th.dtype | None = None
+    ) -> Callable[[th.Tensor, int], th.Tensor]:
         """
         ``denoise()`` at the levels of the sampler, for as many rows of the embedding, from the first, as x has. What depends
         on the levels and on the weights alone is computed once.
         """
         level_embeddings = self.embed_level(self.level_waves).unbind()
         weights = (self.level_c_in * self.embed_action.weight).unbind()
-        layers = [cast(layer, dtype) for layer in self.denoiser]
+        layers = list(self.denoiser) if dtype is None else [cast(layer, dtype) for layer in self.denoiser]
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
             c_skip, c_out = self.sampling_scalings[step]
             # The first layer sees small differences of x, and is small
             hidden = F.linear(x, weights[step], level_embeddings[step])
             hidden = hidden.add_(embedding if len(embedding) == len(x) else embedding[: len(x)])
-            if dtype != th.float32:
+            if dtype is not None:
                 hidden = hidden.to(dtype)
             for layer in layers:
                 hidden = layer(hidden)
@@ -318,8 +320,8 @@ def cast(layer: nn.Module, dtype: th.dtype) -> Callable[[th.Tensor], th.Tensor]:
     :param dtype: precision
     :return: the function that it computes
     """
-    if not isinstance(layer, nn.Linear) or dtype == layer.weight.dtype:
-        return layer  # or an activation function
+    if not isinstance(layer, nn.Linear):
+        return layer  # an activation function
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
     return lambda x: F.linear(x, weight, bias)
 
