@@ -94,11 +94,11 @@ class AutoTemperature(nn.Module):
         # d/2 nats more: a temperature e times as high, for a Boltzmann policy of a quadratic Q
         error = (entropy - target_entropy) / (action_dim / 2)
         self.mean_error.lerp_(error, ERROR_UPDATE_RATE)
-        loss = (self.log_ent_coef * (GAIN * self.mean_error).clamp(-MAX_RISE, 1)).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
+        gradient = (GAIN * self.mean_error).clamp(-MAX_RISE, 1)
+        loss = self.log_ent_coef.detach() * gradient
+        self.log_ent_coef.grad = gradient.reshape(1)
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
 
 def make_temperature(
