@@ -95,15 +95,15 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     def bounded_denoise(x: th.Tensor, step: int) -> th.Tensor:
         return denoise(x, step).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
 
-    x = levels[0] * latents
-    previous_denoised, previous_log_step = latents, math.inf
+    x = previous_denoised = levels[0] * latents
+    previous_log_step = math.inf
     for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
         denoised = bounded_denoise(x, step)
         if step == 0:
             x = x + denoised  # at the highest level the noise is centred on the mean
         log_step = math.log(sigma / next_sigma)
-        # Second order: extrapolate the denoised action to the middle of the step (zero weight at the first step)
-        middle = denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
+        # Second order: extrapolate the denoised action to the middle of the step (not at the first step)
+        middle = denoised if step == 0 else denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
         x = middle.lerp(x, next_sigma / sigma)
         previous_denoised, previous_log_step = denoised, log_step
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that

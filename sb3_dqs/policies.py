@@ -81,7 +81,7 @@ class Actor(BasePolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         use_sde: bool = False,
         diffusion_steps: int = 8,
-        n_deterministic_samples: int = 16,
+        n_deterministic_samples: int = 8,
         normalize_images: bool = True,
     ):
         super().__init__(
@@ -433,7 +433,7 @@ class DQSPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         diffusion_steps: int = 8,
-        n_deterministic_samples: int = 16,
+        n_deterministic_samples: int = 8,
         best_of_n_by_q: bool = False,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
@@ -652,6 +652,8 @@ class DQSPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
+        if self.actor.training == self.critic.training == self.training == mode:
+            return  # predict() asks for every observation
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
