@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.boltzmann import energy_gradient, posterior_mean
 from sb3_dqs.diffusion import training_levels
-from sb3_dqs.dqs import has_fast_bfloat16
+from sb3_dqs.dqs import ESS_UPDATE_RATE, has_fast_bfloat16
 from sb3_dqs.entropy import trace_steps
 from sb3_dqs.temperature import LogLinearSchedule
 
@@ -174,6 +174,16 @@ def test_actions_of_the_actor_and_the_log_probs_are_those_of_the_sampler(make_mo
     assert seen["log_prob"].shape == (64,) and len(seen["actions"]) == 128
     assert th.equal(seen["anchors"], seen["actions"][64:].reshape(16, 4, 1))
     assert model.logger.name_to_value["train/entropy"] == pytest.approx(-seen["log_prob"].mean().item())
+
+
+@pytest.mark.parametrize("gradient_steps", [1, 10])
+def test_mean_effective_sample_size_approaches_the_present_one(make_model, gradient_steps):
+    model = make_model(learning_rate=0.0, ent_coef=1e6, policy_delay=1).learn(30)  # the policy is near uniform
+    model.mean_ess = 1.0
+    for _ in range(10 // gradient_steps):
+        model.train(gradient_steps, 64)
+    ess = model.logger.name_to_value["train/ess"]
+    assert model.mean_ess == pytest.approx(1 + (1 - (1 - ESS_UPDATE_RATE) ** 10) * (ess - 1), rel=0.2) and ess > 2
 
 
 @pytest.mark.parametrize("policy_delay", [1, 2, 3])

@@ -6,7 +6,7 @@ import pytest
 import quadrature
 import torch as th
 
-from sb3_dqs.diffusion import SIGMA_MAX, SIGMA_MIN, sampling_levels, solve_forward_ode, solve_reverse_ode
+from sb3_dqs.diffusion import SIGMA_BROAD, SIGMA_MAX, SIGMA_MIN, sampling_levels, solve_forward_ode, solve_reverse_ode
 from sb3_dqs.entropy import TRACE_STEP, flow_log_density, random_signs, trace_steps, with_traces
 
 N_STANDARD_ERRORS = 4
@@ -135,6 +135,17 @@ def test_backwards_and_forwards(case):
         return (solve_forward_ode(denoise, solve_reverse_ode(denoise, latents, levels), levels) - latents).abs().mean()
 
     assert error(8) < 0.15 and error(60) < 0.03
+
+
+@pytest.mark.parametrize("std", [0.06, 0.3, 2.0])
+def test_latents_of_given_actions(std):
+    """Of a Gaussian policy they are known; also if it is hardly wider than the lowest noise level."""
+    levels = sampling_levels(100)
+    unsquashed = MEAN + std * th.linspace(-2, 2, 9, dtype=th.float64).unsqueeze(1)
+    latents = solve_forward_ode(lambda x, step: MEAN + std**2 / (std**2 + levels[step] ** 2) * (x - MEAN), unsquashed, levels)
+    # The jump from SIGMA_BROAD to SIGMA_MAX takes the policy for narrow
+    ends = (std / SIGMA_BROAD) ** 2 / 2
+    assert (latents / (unsquashed - MEAN) * std)[th.arange(9) != 4].sub(1).abs().max() < 0.03 + ends
 
 
 @pytest.mark.parametrize("action_dim", [2, 6, 17])
