@@ -48,6 +48,7 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "TQC": (TQC, {}),
     "CrossQ": (CrossQ, {}),
     "DQS": (DQS, {}),
+    "DQS, compiled": (DQS, {"compile": True}),
     DEAR: (DQS, PAPER),
 }
 ENVS = ("Pendulum-v1", "HalfCheetah-v5", "Humanoid-v5")
@@ -235,7 +236,7 @@ def plot(costs: dict[str, dict[str, float]], growth: dict[str, list[float]], pat
         bars = ax.barh(
             list(ratios), list(ratios.values()), color=["tab:blue" if "DQS" in name else "silver" for name in ratios]
         )
-        ax.bar_label(bars, fmt=" %.2g", fontsize=8)
+        ax.bar_label(bars, fmt=" %.3g", fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", title=env_id, xlabel="cost of train(1, 256), SAC = 1")
         ax.set_xlim(min(ratios.values()) / 1.5, 2.5 * max(ratios.values()))

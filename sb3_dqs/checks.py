@@ -60,6 +60,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
     "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
+    "compile": (lambda v: isinstance(v, bool), "True or False"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
     "action_noise": (lambda v: v is None or isinstance(v, ActionNoise), "None or an ActionNoise of SB3"),
     "use_sde": (lambda v: isinstance(v, bool), "True or False"),
@@ -69,8 +70,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
     "n_critics": (lambda v: is_int(v, 1), "an integer >= 1"),
-    "n_deterministic_samples": (lambda v: is_int(v, 1), "an integer >= 1"),
-    "best_of_n_by_q": (lambda v: isinstance(v, bool), "True or False"),
+    "best_of_n_by_q": (lambda v: v is None or is_int(v, 1), "None or an integer >= 1"),
     "share_features_extractor": (lambda v: isinstance(v, bool), "True or False"),
     "activation_fn": (lambda v: isinstance(v, type) and issubclass(v, nn.Module), "a class such as torch.nn.ReLU"),
 }

@@ -28,7 +28,9 @@ from sb3_dqs.diffusion import (
     SIGMA_DATA,
     SIGMA_MIN,
     edm_scalings,
+    find_mode,
     log_det_tanh,
+    mode_latent,
     sampling_levels,
     solve_forward_ode,
     solve_reverse_ode,
@@ -58,13 +60,12 @@ class Actor(BasePolicy):
     :param activation_fn: Activation function
     :param use_sde: Whether to hold the sampler's noise between two calls of ``reset_noise()``
     :param diffusion_steps: Number of denoiser calls per action
-    :param n_deterministic_samples: How many actions ``deterministic=True`` chooses from
     :param normalize_images: Whether to normalize images or not,
          dividing by 255.0 (True by default)
     """
 
     action_space: spaces.Box
-    latent_bank: th.Tensor
+    mode_latent: th.Tensor
     held_latents: th.Tensor
     frequencies: th.Tensor
     level_c_in: th.Tensor
@@ -81,7 +82,6 @@ class Actor(BasePolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         use_sde: bool = False,
         diffusion_steps: int = 8,
-        n_deterministic_samples: int = 8,
         normalize_images: bool = True,
     ):
         super().__init__(
@@ -98,7 +98,6 @@ class Actor(BasePolicy):
         self.activation_fn = activation_fn
         self.use_sde = use_sde
         self.diffusion_steps = diffusion_steps
-        self.n_deterministic_samples = n_deterministic_samples
 
         self.action_dim = get_action_dim(self.action_space)
         self.levels = sampling_levels(diffusion_steps)
@@ -120,8 +119,7 @@ class Actor(BasePolicy):
         *_, c_in, c_noise = edm_scalings(th.tensor(self.levels).unsqueeze(1))
         self.register_buffer("level_c_in", c_in.unsqueeze(2), persistent=False)
         self.register_buffer("level_waves", self._waves(c_noise), persistent=False)
-        uniforms = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_deterministic_samples)
-        self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
+        self.register_buffer("mode_latent", mode_latent(self.action_dim), persistent=False)
         # Variance of the unsquashed action per dimension, averaged over states; at first that of the uniform policy
         self.register_buffer("unsquashed_variance", th.full((self.action_dim,), SIGMA_DATA**2))
 
@@ -138,7 +136,6 @@ class Actor(BasePolicy):
                 activation_fn=self.activation_fn,
                 use_sde=self.use_sde,
                 diffusion_steps=self.diffusion_steps,
-                n_deterministic_samples=self.n_deterministic_samples,
                 features_extractor=self.features_extractor,
             )
         )
@@ -285,20 +282,11 @@ class Actor(BasePolicy):
 
         return denoise
 
-    def sample_bank(self, embedding: th.Tensor) -> th.Tensor:
-        """
-        The actions that deterministic ones are chosen from: those of the latent bank.
-
-        :param embedding: what ``embed()`` returned, shape (batch_size, width)
-        :return: actions in [-1, 1], shape (batch_size, n_deterministic_samples, action_dim)
-        """
-        latents = self.latent_bank.expand(embedding.shape[0], -1, -1)
-        return self.sample(embedding.unsqueeze(1), latents)
-
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         embedding = self.embed(obs)
         if deterministic:
-            return densest_action(self.sample_bank(embedding))
+            latents = self.mode_latent.expand(len(embedding), -1)
+            return th.tanh(find_mode(self._denoiser_at_levels(embedding), latents, self.levels))
         return self.sample(embedding, self._acting_latents(embedding))
 
     def _acting_latents(self, embedding: th.Tensor) -> th.Tensor:
@@ -324,33 +312,6 @@ def cast(layer: nn.Module, dtype: th.dtype) -> Callable[[th.Tensor], th.Tensor]:
         return layer  # an activation function
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
     return lambda x: F.linear(x, weight, bias)
-
-
-def densest_action(actions: th.Tensor) -> th.Tensor:
-    """
-    The middle of the densest place: of every action and its nearest neighbours, a quarter of all, the mean of the
-    closest group.
-
-    :param actions: shape (batch_size, n_actions, action_dim)
-    :return: shape (batch_size, action_dim)
-    """
-    group_size = min(1 + max(1, actions.shape[1] // 4), actions.shape[1])
-    squared_distances = (actions.unsqueeze(2) - actions.unsqueeze(1)).pow(2).sum(dim=3)
-    nearest = squared_distances.topk(group_size, dim=2, largest=False)
-    densest = nearest.values.sum(dim=2).argmin(dim=1)
-    group = nearest.indices.gather(1, densest.reshape(-1, 1, 1).expand(-1, 1, group_size)).squeeze(1)
-    return actions.gather(1, group.unsqueeze(2).expand(-1, -1, actions.shape[2])).mean(dim=1)
-
-
-def select_action(actions: th.Tensor, index: th.Tensor) -> th.Tensor:
-    """
-    One action per state.
-
-    :param actions: shape (batch_size, n_actions, action_dim)
-    :param index: which, shape (batch_size,)
-    :return: shape (batch_size, action_dim)
-    """
-    return actions.gather(1, index.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
 
 
 class Critic(ContinuousCritic):
@@ -405,14 +366,14 @@ class DQSPolicy(BasePolicy):
     :param share_features_extractor: Whether to share or not the features extractor
         between the actor and the critic (this saves computation time)
     :param diffusion_steps: Number of denoiser calls per action; ``DQS(diffusion_steps=...)`` sets it
-    :param n_deterministic_samples: How many actions ``deterministic=True`` chooses from
-    :param best_of_n_by_q: Let ``deterministic=True`` choose the action of highest value (first of the critics)
-        instead of the one in the densest place
+    :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the first of the critics) among
+        this many instead of the actor's mode
     """
 
     actor: Actor
     critic: Critic
     critic_target: Critic
+    latent_bank: th.Tensor
 
     def __init__(
         self,
@@ -433,8 +394,7 @@ class DQSPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         diffusion_steps: int = 8,
-        n_deterministic_samples: int = 8,
-        best_of_n_by_q: bool = False,
+        best_of_n_by_q: int | None = None,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
         super().__init__(
@@ -475,7 +435,6 @@ class DQSPolicy(BasePolicy):
             "net_arch": actor_arch,
             "use_sde": use_sde,
             "diffusion_steps": diffusion_steps,
-            "n_deterministic_samples": n_deterministic_samples,
         }
         self.critic_kwargs = {
             **net_kwargs,
@@ -485,6 +444,9 @@ class DQSPolicy(BasePolicy):
         }
 
         self._build(lr_schedule)
+        if best_of_n_by_q is not None:
+            uniforms = th.quasirandom.SobolEngine(self.actor.action_dim, scramble=True, seed=0).draw(best_of_n_by_q)
+            self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
 
     def _build(self, lr_schedule: Schedule) -> None:
         optimizer_kwargs = self.optimizer_kwargs
@@ -528,7 +490,6 @@ class DQSPolicy(BasePolicy):
                 activation_fn=self.activation_fn,
                 use_sde=self.actor_kwargs["use_sde"],
                 diffusion_steps=self.actor_kwargs["diffusion_steps"],
-                n_deterministic_samples=self.actor_kwargs["n_deterministic_samples"],
                 best_of_n_by_q=self.best_of_n_by_q,
                 n_critics=self.critic_kwargs["n_critics"],
                 share_features_extractor=self.share_features_extractor,
@@ -586,10 +547,12 @@ class DQSPolicy(BasePolicy):
             return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if deterministic and self.best_of_n_by_q:
-            actions = self.actor.sample_bank(self.actor.embed(observation))
+        if deterministic and self.best_of_n_by_q is not None:
+            embedding = self.actor.embed(observation)
+            actions = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(len(embedding), -1, -1))
             features = self.critic.extract_features(observation, self.critic.features_extractor)
-            return select_action(actions, self.critic.q1_values(features, actions).argmax(dim=1))
+            best = self.critic.q1_values(features, actions).argmax(dim=1)
+            return actions.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
         return self.actor(observation, deterministic)
 
     @th.no_grad()

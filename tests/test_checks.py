@@ -34,6 +34,7 @@ BAD_ARGUMENTS = {
     "policy_delay": [0, -1, 0.5, None],
     "score_target": ["gradient", None, 1],
     "backup": ["semi", None, True],
+    "compile": ["yes", 1, None],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
     "action_noise": [0.1, "normal"],
     "use_sde": ["no", 1, None],
@@ -44,8 +45,7 @@ BAD_ARGUMENTS = {
 BAD_POLICY_KWARGS = {
     "net_arch": [[0], [-64], [1.5], 64, "64", {"pi": [64]}, {"pi": [64], "vf": [64]}],
     "n_critics": [0, -1, 1.5],
-    "n_deterministic_samples": [0, 1.5],
-    "best_of_n_by_q": ["yes", 1],
+    "best_of_n_by_q": ["yes", True, 0, 1.5],
     "share_features_extractor": ["no"],
     "activation_fn": ["relu", None],
     "net_arc": [[64, 64]],

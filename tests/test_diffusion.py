@@ -15,8 +15,11 @@ from sb3_dqs.diffusion import (
     SIGMA_DATA,
     SIGMA_MAX,
     SIGMA_MIN,
+    SIGMA_MODE,
     edm_scalings,
+    find_mode,
     log_det_tanh,
+    mode_latent,
     sampling_levels,
     solve_reverse_ode,
     training_levels,
@@ -126,6 +129,68 @@ def test_solver_is_bounded_whatever_the_denoiser_says():
     levels = sampling_levels(8)
     for factor in (1e6, -1e6, math.inf, math.nan):
         unsquashed = solve_reverse_ode(lambda x, step, factor=factor: factor * x, th.randn(64, 3), levels)
+        assert unsquashed.isfinite().all() and unsquashed.abs().max() <= MAX_UNSQUASHED
+
+
+def modes_of(denoise, latents: th.Tensor, n_levels: int) -> tuple[th.Tensor, float, int]:
+    """What ``find_mode`` answers in one dimension, the level that it repeats, and how often it calls the denoiser."""
+    levels, calls = sampling_levels(n_levels), []
+
+    def counted(x, step):
+        calls.append(step)
+        return denoise(x, levels[step])
+
+    return find_mode(counted, latents, levels), levels[calls[-1]], len(calls)
+
+
+@pytest.mark.parametrize("n_levels", [8, 20])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.9), (0.3, 0.1), (-1.5, 0.3)])
+def test_mode_of_a_gaussian(mean, std, n_levels):
+    """Of the distance from the mean every call at the last level keeps a fraction, that of the denoiser."""
+    latents = th.tensor([[-1.0], [0.0], [0.5]], dtype=th.float64)
+    modes, sigma, _ = modes_of(gaussian_denoiser(mean, std), latents, n_levels)
+    n_shifts = n_levels - sampling_levels(n_levels).index(sigma)
+    fraction = std**2 / (std**2 + sigma**2)
+    expected = mean + latents * math.sqrt(std**2 + sigma**2) * fraction**n_shifts
+    # The solver itself comes near only
+    assert th.allclose(modes, expected, rtol=0, atol=0.1 * std * fraction ** (n_shifts - 1))
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 6, 17, 100])
+def test_mode_is_looked_for_near_the_middle_and_to_one_side_of_it_in_every_dimension(action_dim):
+    latent = mode_latent(action_dim)
+    assert th.equal(latent, mode_latent(action_dim))
+    assert latent.norm().item() == pytest.approx(min(0.67 * math.sqrt(action_dim), 1), abs=1e-6)
+    sizes = latent.abs() * math.sqrt(action_dim) / latent.norm()
+    assert sizes.min() > 0.6 and sizes.max() < 1.4
+    assert len(set(sizes.tolist())) == action_dim
+
+
+@pytest.mark.parametrize("n_levels", [3, 4, 8, 50])
+def test_mode_costs_as_many_calls_as_a_draw(n_levels):
+    _, sigma, n_calls = modes_of(gaussian_denoiser(0.0, 0.5), th.zeros(1, 1), n_levels)
+    assert n_calls == n_levels and sigma <= SIGMA_MODE
+
+
+@pytest.mark.parametrize("energy", ["flat", "linear", "two modes"])
+def test_modes_are_denser_than_draws_and_not_between_two(energy):
+    def exact_denoiser(x, sigma):
+        return quadrature.denoise(energy, x, th.tensor(sigma))
+
+    latents = th.special.ndtri((th.arange(200, dtype=th.float64) + 0.5) / 200).unsqueeze(1)
+    modes, _, _ = modes_of(exact_denoiser, latents, 8)
+    draws = th.as_tensor(solve(exact_denoiser, 8, 200)).unsqueeze(1)
+    highest = quadrature.log_prob(energy, quadrature.GRID.unsqueeze(1)).max()
+    losses = [(highest - quadrature.log_prob(energy, u)).clamp(min=0) for u in (modes, draws)]
+    assert losses[0].mean() < 0.6 * losses[1].mean()
+    if energy == "two modes":
+        # Around 0.6 and -0.5 (the tanh shifts them), but for the latents next to where the one ends and the other begins
+        assert ((modes.tanh() - 0.6).abs() < 0.15).logical_or((modes.tanh() + 0.5).abs() < 0.15).double().mean() >= 0.99
+
+
+def test_mode_is_bounded_whatever_the_denoiser_says():
+    for factor in (1e6, -1e6, math.inf, math.nan):
+        unsquashed = find_mode(lambda x, step, factor=factor: factor * x, th.randn(64, 3), sampling_levels(8))
         assert unsquashed.isfinite().all() and unsquashed.abs().max() <= MAX_UNSQUASHED
 
 

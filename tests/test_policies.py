@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.diffusion import SIGMA_DATA, log_det_tanh
-from sb3_dqs.policies import DQSPolicy, densest_action
+from sb3_dqs.policies import DQSPolicy
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -52,20 +52,11 @@ class TestDeterministic:
         policy, obs = make_policy(), np.zeros((1, 3), np.float32)
         assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
 
-    def test_densest_action_is_in_the_bigger_mode_and_not_between_two(self):
-        left, right = th.tensor([-0.5, 0.0]), th.tensor([0.5, 0.0])
-        actions = th.cat([left.expand(5, 2), right.expand(11, 2)]) + 0.05 * th.randn(16, 2)
-        assert th.dist(densest_action(actions.unsqueeze(0))[0], right) < 0.1
-
-    @pytest.mark.parametrize("n", [1, 2, 3, 16])
-    def test_any_number_of_samples(self, n):
-        actions, _ = make_policy(n_deterministic_samples=n).predict(np.zeros((4, 3), np.float32), deterministic=True)
-        assert actions.shape == (4, 2)
-
     def test_best_of_n_by_q_takes_the_most_valuable(self):
-        policy, obs = make_policy(best_of_n_by_q=True), th.zeros(4, 3)
+        policy, obs = make_policy(best_of_n_by_q=8), th.randn(4, 3)
         with th.no_grad():
-            candidates = policy.actor.sample_bank(policy.actor.embed(obs))
+            candidates = policy.actor.sample(policy.actor.embed(obs).unsqueeze(1), policy.latent_bank.expand(4, -1, -1))
+            assert candidates.shape == (4, 8, 2)
             values = policy.critic.q1_values(obs, candidates)  # features are the observations themselves
             chosen = policy(obs, deterministic=True)
             assert th.allclose(policy.critic.q1_values(obs, chosen.unsqueeze(1)).squeeze(1), values.max(dim=1).values)
@@ -235,11 +226,11 @@ class TestDensity:
 
 
 def test_policy_save_and_load(tmp_path):
-    kwargs = {"share_features_extractor": True, "best_of_n_by_q": True, "diffusion_steps": 4}
+    kwargs = {"share_features_extractor": True, "best_of_n_by_q": 4, "diffusion_steps": 4}
     policy = MlpPolicy(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
     policy.save(str(tmp_path / "policy.pt"))
     loaded = MlpPolicy.load(str(tmp_path / "policy.pt"))
-    assert loaded.share_features_extractor and loaded.best_of_n_by_q and loaded.actor.diffusion_steps == 4
+    assert loaded.share_features_extractor and loaded.best_of_n_by_q == 4 and loaded.actor.diffusion_steps == 4
     obs = np.ones((2, 3), np.float32)
     first, second = (each.predict(obs, deterministic=True)[0] for each in (policy, loaded))
     assert np.array_equal(first, second)
