@@ -42,6 +42,8 @@ PAPER: dict[str, Any] = {
     "ent_coef": "log_linear_1.0_0.01",
 }
 DEAR = "DQS, paper's setting"
+# As on a processor without fast products of bfloat16
+SINGLE = "DQS, single precision"
 ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
@@ -49,6 +51,7 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "CrossQ": (CrossQ, {}),
     "DQS": (DQS, {}),
     "DQS, compiled": (DQS, {"compile": True}),
+    SINGLE: (DQS, {}),
     DEAR: (DQS, PAPER),
 }
 ENVS = ("Pendulum-v1", "HalfCheetah-v5", "Humanoid-v5")
@@ -105,6 +108,8 @@ def make_model(name: str, env: Any, device: str, **kwargs: Any) -> OffPolicyAlgo
         **kwargs,
     }
     model = algorithm("MlpPolicy", env, **kwargs)  # type: ignore[arg-type]
+    if name == SINGLE:
+        model.sampling_dtype = None
     return model.learn(100)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 SIGMA_MIN = 0.03
 SIGMA_BROAD = 3.0
 SIGMA_MAX = 20.0
-# Noise through which the modes of the policy are looked for: finer structure is averaged
+# Noise through which the modes of the policy are looked for, by the first level that is not above: finer structure is averaged
 SIGMA_MODE = 0.25
 # How much longer than the mean step the first one from SIGMA_BROAD is, and how much shorter the last one
 LEVEL_CURVATURE = 0.2
@@ -93,7 +93,6 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     :param levels: noise levels, falling
     :return: unsquashed actions of the shape of ``latents``; finite even where the denoiser is not
     """
-
     denoised, previous_denoised = _descend(denoise, latents, levels)
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
     # are close to each other it would amplify the errors of the denoiser
@@ -105,7 +104,8 @@ def mode_latent(action_dim: int) -> th.Tensor:
     """
     Where to look for a mode from: always the same latent, near the middle of the policy, but not in it, where a symmetric
     policy has no reason to take either of two sides. In each dimension it is at a quartile (0.67), the middle of one side,
-    but with many dimensions less far out, so that its length is at most 1 and a policy of one mode gets nearly its mean.
+    but with many dimensions less far out, so that its length is at most 1: the answer is then near the mean, too, of a policy
+    of one mode.
 
     :param action_dim: d
     :return: shape (action_dim,)
@@ -120,8 +120,10 @@ def find_mode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor
     """
     Turn latents into modes of the policy: along the probability-flow ODE down to ``SIGMA_MODE``, and from there, instead of
     less noise, the same level again and again. ``u <- D(u, sigma) = E[u' | u]`` is the mean shift (Cheng 1995,
-    https://doi.org/10.1109/34.400568) with a Gaussian kernel of that width, which climbs the density that the kernel blurs.
-    As many denoiser calls as :func:`solve_reverse_ode`.
+    https://doi.org/10.1109/34.400568) with a Gaussian kernel of that width, which climbs the density of u that the kernel
+    blurs. It arrives in modes that are about as narrow as the kernel; in broader ones, where it matters less, it stops on the
+    way (from 0.67 standard deviations of a Gaussian, with 8 levels, at 0.03 for a standard deviation of 0.2, at 0.3 for 0.5,
+    at 0.5 for 0.9). As many denoiser calls as :func:`solve_reverse_ode`.
 
     :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
     :param latents: where to start, shape (..., action_dim); see :func:`mode_latent`

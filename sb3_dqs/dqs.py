@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -105,7 +104,7 @@ class DQS(OffPolicyAlgorithm):
         (see :func:`sb3_dqs.boltzmann.energy_gradient`)
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
-        and nothing else is saved; the first steps take some ten seconds more
+        and the same files; the first steps take some ten seconds more
     :raises ValueError: for an argument that cannot work, before anything is built; and during training when an
         observation, a reward or a loss is not finite
     """
@@ -229,9 +228,7 @@ class DQS(OffPolicyAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        self.sample_with_log_prob: Callable[..., tuple[th.Tensor, th.Tensor]] = self.actor.sample_with_log_prob
-        if self.compile:
-            self.sample_with_log_prob = Compiled(self.actor.sample_with_log_prob)
+        self.compiled_sampler = Compiled(self.actor.sample_with_log_prob) if self.compile else None
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
@@ -244,6 +241,7 @@ class DQS(OffPolicyAlgorithm):
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
+        sample_with_log_prob = self.compiled_sampler or self.actor.sample_with_log_prob
         backup_steps = trace_steps(self.diffusion_steps)
         # One regression target per transition
         n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
@@ -266,7 +264,7 @@ class DQS(OffPolicyAlgorithm):
                 embeddings = th.cat([embeddings, embedding.detach().expand(-1, N_ANCHORS, -1).flatten(0, 1)])
             with th.no_grad():
                 latents = th.randn(len(embeddings), self.actor.action_dim, device=self.device)
-                actions, next_log_prob = self.sample_with_log_prob(
+                actions, next_log_prob = sample_with_log_prob(
                     embeddings, latents, backup_steps, n_log_probs=batch_size, dtype=self.sampling_dtype
                 )
                 next_actions, anchors = th.tanh(actions[:batch_size]), actions[batch_size:]
@@ -320,14 +318,14 @@ class DQS(OffPolicyAlgorithm):
                 # Copy running stats, see SB3's issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-            logs["ent_coef"].append(th.as_tensor(ent_coef))
+            logs["ent_coef"].append(th.as_tensor(ent_coef, device=self.device))
             logs["entropy"].append(entropy)
 
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, values in logs.items():
-            mean = th.stack(values).mean().item()
+        means = th.stack([th.stack(values).mean() for values in logs.values()]).tolist()  # one transfer from a GPU
+        for (name, values), mean in zip(logs.items(), means, strict=True):
             check_finite(f"train/{name}", mean, self.num_timesteps)
             self.logger.record(f"train/{name}", mean)
             if name == "ess":
@@ -438,7 +436,7 @@ class DQS(OffPolicyAlgorithm):
             "critic",
             "critic_target",
             "temperature",
-            "sample_with_log_prob",
+            "compiled_sampler",
             "sampling_dtype",  # of the machine
         ]
 

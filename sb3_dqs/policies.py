@@ -273,7 +273,7 @@ class Actor(BasePolicy):
             c_skip, c_out = self.sampling_scalings[step]
             # The first layer sees small differences of x, and is small
             hidden = F.linear(x, weights[step], level_embeddings[step])
-            hidden = hidden.add_(embedding if len(embedding) == len(x) else embedding[: len(x)])
+            hidden = hidden.add_(embedding if embedding.shape[0] == x.shape[0] else embedding[: x.shape[0]])
             if dtype is not None:
                 hidden = hidden.to(dtype)
             for layer in layers:
@@ -285,7 +285,7 @@ class Actor(BasePolicy):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         embedding = self.embed(obs)
         if deterministic:
-            latents = self.mode_latent.expand(len(embedding), -1)
+            latents = self.mode_latent.expand(embedding.shape[0], -1)
             return th.tanh(find_mode(self._denoiser_at_levels(embedding), latents, self.levels))
         return self.sample(embedding, self._acting_latents(embedding))
 
@@ -333,8 +333,9 @@ class Critic(ContinuousCritic):
         assert isinstance(first, nn.Linear)
         features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
         features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
-        # On a CPU, small pieces stay in its cache
-        chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if features.device.type == "cpu" else actions.shape[1]
+        # On a CPU, small pieces stay in its cache; an exported graph is for batches of any size
+        is_chunked = features.device.type == "cpu" and not th.compiler.is_compiling()
+        chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if is_chunked else actions.shape[1]
         chunks = [others(features_part + F.linear(chunk, actions_weight)) for chunk in actions.split(chunk_size, dim=1)]
         return th.cat(chunks, dim=1).squeeze(2)
 
@@ -367,13 +368,13 @@ class DQSPolicy(BasePolicy):
         between the actor and the critic (this saves computation time)
     :param diffusion_steps: Number of denoiser calls per action; ``DQS(diffusion_steps=...)`` sets it
     :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the first of the critics) among
-        this many instead of the actor's mode
+        this many, instead of the one that the actor alone finds
     """
 
     actor: Actor
     critic: Critic
     critic_target: Critic
-    latent_bank: th.Tensor
+    latent_bank: th.Tensor  # with best_of_n_by_q only
 
     def __init__(
         self,
@@ -549,7 +550,7 @@ class DQSPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q is not None:
             embedding = self.actor.embed(observation)
-            actions = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(len(embedding), -1, -1))
+            actions = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
             features = self.critic.extract_features(observation, self.critic.features_extractor)
             best = self.critic.q1_values(features, actions).argmax(dim=1)
             return actions.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
@@ -571,9 +572,11 @@ class DQSPolicy(BasePolicy):
         self.set_training_mode(False)  # as predict()
         embedding = self.actor.embed(obs)
         shape = (len(embedding), *(self.action_space.shape or ()))
-        if not isinstance(actions, th.Tensor) or actions.shape != shape or not (actions.abs() <= 1).all():
+        is_suitable = isinstance(actions, th.Tensor) and actions.shape == shape and actions.device == embedding.device
+        if not is_suitable or not (actions.abs() <= 1).all():
             raise ValueError(
-                f"actions={actions!r} will not do: pass a tensor of shape {shape}, one action per observation, in [-1, 1]: "
+                f"actions={actions!r} will not do: pass a tensor of shape {shape} on {embedding.device}, one action per "
+                "observation, in [-1, 1]: "
                 "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
             )
         unsquashed = TanhBijector.inverse(actions.to(embedding.dtype).flatten(start_dim=1))

@@ -1,8 +1,10 @@
 """Compilation is an option that changes the speed and nothing else."""
 
+import copy
 import warnings
 import zipfile
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch as th
@@ -18,9 +20,8 @@ def test_compiled_training_is_that_without_up_to_rounding(make_model):
         model = make_model(compile=compile, learning_starts=40)
         model.sampling_dtype = None  # in bfloat16 rounding would show
         model.learn(45)
-        assert isinstance(model.sample_with_log_prob, Compiled) == compile
-        if compile:
-            assert model.sample_with_log_prob.is_possible
+        if compile:  # it was used, and did not fail
+            assert model.compiled_sampler.compiled is not None and model.compiled_sampler.is_possible
         parameters.append(model.policy.parameters_to_vector())
     assert np.abs(parameters[0]).max() > 0.1
     np.testing.assert_allclose(*parameters, atol=1e-4)
@@ -32,10 +33,30 @@ def test_nothing_of_it_is_saved(make_model, tmp_path):
         make_model(compile=compile).save(tmp_path / "model.zip")
         with zipfile.ZipFile(tmp_path / "model.zip") as archive:
             names.append(archive.namelist())
-            assert b"sample_with_log_prob" not in archive.read("data")
+            assert b"compiled_sampler" not in archive.read("data")
     assert names[0] == names[1]
-    assert isinstance(DQS.load(tmp_path / "model.zip").sample_with_log_prob, Compiled)
-    assert not isinstance(DQS.load(tmp_path / "model.zip", compile=False).sample_with_log_prob, Compiled)
+    assert DQS.load(tmp_path / "model.zip").compiled_sampler is not None
+    assert DQS.load(tmp_path / "model.zip", compile=False).compiled_sampler is None
+
+
+def test_it_is_compiled_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(th, "compile", lambda function, **kwargs: compiled.append(function) or function)
+    double = Compiled(lambda x: 2 * x)
+    assert [double(1), double(2)] == [2, 4] and len(compiled) == 1
+
+
+def test_copies_of_a_model_sample_with_their_own_actor(make_model, monkeypatch):
+    monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
+    model = make_model(compile=True).learn(25)
+    assert model.compiled_sampler.compiled is not None
+    actors = []
+    for other in (copy.deepcopy(model.compiled_sampler), cloudpickle.loads(cloudpickle.dumps(model.compiled_sampler))):
+        other(th.zeros(1, 8), th.zeros(1, 1), [1])
+        actors.append(other.compiled.__self__)
+    assert len({id(actor) for actor in [model.actor, *actors]}) == 3
+    copied = copy.deepcopy(model)
+    assert copied.compiled_sampler.function.__self__ is copied.actor
 
 
 def test_what_cannot_be_compiled_runs_uncompiled_after_one_warning(monkeypatch):
@@ -58,8 +79,11 @@ def test_what_fails_when_it_is_called_too(monkeypatch):
         assert double(th.tensor(1.0)) == 2
 
 
-@pytest.mark.filterwarnings("ignore:compile=True")
-def test_errors_of_the_function_itself_are_raised(monkeypatch):
+def test_errors_of_the_function_itself_are_raised_and_not_taken_for_those_of_the_compiler(monkeypatch):
     monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
-    with pytest.raises(ValueError, match="invalid literal"):
-        Compiled(int)("bad")
+    number = Compiled(int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="invalid literal"):
+            number("bad")
+    assert number("1") == 1 and number.is_possible

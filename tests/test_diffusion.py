@@ -164,6 +164,8 @@ def test_mode_is_looked_for_near_the_middle_and_to_one_side_of_it_in_every_dimen
     sizes = latent.abs() * math.sqrt(action_dim) / latent.norm()
     assert sizes.min() > 0.6 and sizes.max() < 1.4
     assert len(set(sizes.tolist())) == action_dim
+    if action_dim > 1:
+        assert latent.min() < 0 < latent.max()
 
 
 @pytest.mark.parametrize("n_levels", [3, 4, 8, 50])

@@ -14,7 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 
 from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_dqs.diffusion import SIGMA_DATA, log_det_tanh
+from sb3_dqs.diffusion import SIGMA_DATA, find_mode, log_det_tanh, mode_latent
 from sb3_dqs.policies import DQSPolicy
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
@@ -51,6 +51,17 @@ class TestDeterministic:
     def test_stochastic_actions_differ(self):
         policy, obs = make_policy(), np.zeros((1, 3), np.float32)
         assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+
+    def test_is_the_mode_that_is_found_from_the_mode_latent(self):
+        actor, obs = make_policy().actor, th.randn(5, 3)
+        with th.no_grad():
+            actions, embedding, latents = actor(obs, deterministic=True), actor.embed(obs), mode_latent(2).expand(5, -1)
+
+            def denoise(x, step):
+                return actor.denoise(embedding, x, th.full((5, 1), actor.levels[step]))
+
+            assert th.allclose(actions, th.tanh(find_mode(denoise, latents, actor.levels)), atol=1e-5)
+            assert not th.allclose(actions, actor.sample(embedding, latents), atol=1e-3)
 
     def test_best_of_n_by_q_takes_the_most_valuable(self):
         policy, obs = make_policy(best_of_n_by_q=8), th.randn(4, 3)
@@ -243,30 +254,34 @@ def test_parameters_to_vector_and_back():
     assert not policy.parameters_to_vector().any()
 
 
-class DeterministicActor(nn.Module):
+class DeterministicPolicy(nn.Module):
     """What one exports: observation in, scaled action out."""
 
-    def __init__(self, actor):
+    def __init__(self, policy):
         super().__init__()
-        self.actor = actor
+        self.policy = policy
 
     def forward(self, obs):
-        return self.actor(obs, deterministic=True)
+        return self.policy(obs, deterministic=True)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter
-def test_export_of_the_deterministic_path():
-    policy, obs = make_policy(diffusion_steps=3), th.randn(1, 3)
-    module = DeterministicActor(policy.actor).eval()
+@pytest.mark.parametrize("best_of_n_by_q", [None, 4])
+def test_export_of_the_deterministic_path_for_batches_of_any_size(best_of_n_by_q):
+    module = DeterministicPolicy(make_policy(diffusion_steps=4, best_of_n_by_q=best_of_n_by_q)).eval()
+    dynamic_shapes = ({0: th.export.Dim("batch", min=1, max=4096)},)
     with th.no_grad():
-        expected = module(obs)
-        exported = th.export.export(module, (obs,))
-        assert th.allclose(exported.module()(obs), expected, atol=1e-5)
-    buffer = io.BytesIO()
-    th.onnx.export(module, (obs,), dynamo=True, verbose=False).save(buffer)
-    session = onnxruntime.InferenceSession(buffer.getvalue())
-    (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
-    np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)
+        exported = th.export.export(module, (th.randn(2, 3),), dynamic_shapes=dynamic_shapes).module()
+        buffer = io.BytesIO()
+        program = th.onnx.export(module, (th.randn(2, 3),), dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False)
+        program.save(buffer)
+        session = onnxruntime.InferenceSession(buffer.getvalue())
+        for batch_size in (1, 2, 300):
+            obs = th.randn(batch_size, 3)
+            expected = module(obs)
+            assert th.allclose(exported(obs), expected, atol=1e-5)
+            (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
+            np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)
 
 
 def test_density_and_entropy_are_those_of_evaluation_mode(make_model):

@@ -65,7 +65,7 @@ def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
         with zipfile.ZipFile(path) as archive:
             return set(json.loads(archive.read("data")))
 
-    ours = {"n_mc_samples", "diffusion_steps", "score_target", "policy_delay", "backup", "mean_ess"}
+    ours = {"n_mc_samples", "diffusion_steps", "score_target", "policy_delay", "backup", "compile", "mean_ess"}
     assert keys(tmp_path / "dqs.zip") - keys(tmp_path / "sac.zip") <= ours
 
 
