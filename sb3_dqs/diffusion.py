@@ -21,6 +21,10 @@ SIGMA_BROAD = 3.0
 SIGMA_MAX = 20.0
 # Noise through which the modes of the policy are looked for, by the first level that is not above: finer structure is averaged
 SIGMA_MODE = 0.25
+# How often that noise is taken away, and how far from the middle of the policy the search begins: far enough to leave it on a
+# ring or between two modes, and near enough for the mean of one broad mode
+N_SHIFTS = 5
+MODE_LATENT = 0.1
 # How much longer than the mean step the first one from SIGMA_BROAD is, and how much shorter the last one
 LEVEL_CURVATURE = 0.2
 # Standard deviation of u = atanh(a) for a uniform action, pi / sqrt(12) = 0.91 (sigma_data of Karras et al. 2022)
@@ -102,18 +106,16 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
 
 def mode_latent(action_dim: int) -> th.Tensor:
     """
-    Where to look for a mode from: always the same latent, near the middle of the policy, but not in it, where a symmetric
-    policy has no reason to take either of two sides. In each dimension it is at a quartile (0.67), the middle of one side,
-    but with many dimensions less far out, so that its length is at most 1: the answer is then near the mean, too, of a policy
-    of one mode.
+    Where to look for a mode from: always the same latent, near the middle of the policy (of a policy of one mode, the mean),
+    but not in it, where a symmetric policy has no reason to take either of two sides.
 
     :param action_dim: d
-    :return: shape (action_dim,)
+    :return: shape (action_dim,), of length ``MODE_LATENT``
     """
     sides, sizes = th.quasirandom.SobolEngine(action_dim, scramble=True, seed=0).draw(2)
     # Sizes that differ, for the sake of symmetries between dimensions
     direction = (sides - 0.5).sign() * (0.75 + 0.5 * sizes)
-    return min(0.67 * math.sqrt(action_dim), 1.0) * F.normalize(direction, dim=0)
+    return MODE_LATENT * F.normalize(direction, dim=0)
 
 
 def find_mode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]) -> th.Tensor:
@@ -121,9 +123,8 @@ def find_mode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor
     Turn latents into modes of the policy: along the probability-flow ODE down to ``SIGMA_MODE``, and from there, instead of
     less noise, the same level again and again. ``u <- D(u, sigma) = E[u' | u]`` is the mean shift (Cheng 1995,
     https://doi.org/10.1109/34.400568) with a Gaussian kernel of that width, which climbs the density of u that the kernel
-    blurs. It arrives in modes that are about as narrow as the kernel; in broader ones, where it matters less, it stops on the
-    way (from 0.67 standard deviations of a Gaussian, with 8 levels, at 0.03 for a standard deviation of 0.2, at 0.3 for 0.5,
-    at 0.5 for 0.9). As many denoiser calls as :func:`solve_reverse_ode`.
+    blurs. It leaves the middle between two modes at once if they are narrow, and slowly, or not at all, if much of the policy
+    lies between them.
 
     :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
     :param latents: where to start, shape (..., action_dim); see :func:`mode_latent`
@@ -132,7 +133,7 @@ def find_mode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor
     """
     last = next(step for step, sigma in enumerate(levels) if sigma <= SIGMA_MODE)
     mode, _ = _descend(denoise, latents, levels[: last + 1])
-    for _ in levels[last + 1 :]:
+    for _ in range(N_SHIFTS):
         mode = _bounded(denoise(mode, last))
     return mode.nan_to_num()
 

@@ -11,6 +11,8 @@ import torch as th
 from sb3_dqs.diffusion import (
     LEVEL_CURVATURE,
     MAX_UNSQUASHED,
+    MODE_LATENT,
+    N_SHIFTS,
     SIGMA_BROAD,
     SIGMA_DATA,
     SIGMA_MAX,
@@ -132,15 +134,17 @@ def test_solver_is_bounded_whatever_the_denoiser_says():
         assert unsquashed.isfinite().all() and unsquashed.abs().max() <= MAX_UNSQUASHED
 
 
-def modes_of(denoise, latents: th.Tensor, n_levels: int) -> tuple[th.Tensor, float, int]:
-    """What ``find_mode`` answers in one dimension, the level that it repeats, and how often it calls the denoiser."""
-    levels, calls = sampling_levels(n_levels), []
+def modes_of(denoise, latents: th.Tensor, n_levels: int) -> tuple[th.Tensor, float]:
+    """What ``find_mode`` answers, and the level that it repeats."""
+    levels, steps = sampling_levels(n_levels), []
 
-    def counted(x, step):
-        calls.append(step)
+    def spied(x, step):
+        steps.append(step)
         return denoise(x, levels[step])
 
-    return find_mode(counted, latents, levels), levels[calls[-1]], len(calls)
+    modes = find_mode(spied, latents, levels)
+    assert steps == [*range(steps[-1]), *[steps[-1]] * (N_SHIFTS + 1)]
+    return modes, levels[steps[-1]]
 
 
 @pytest.mark.parametrize("n_levels", [8, 20])
@@ -148,30 +152,36 @@ def modes_of(denoise, latents: th.Tensor, n_levels: int) -> tuple[th.Tensor, flo
 def test_mode_of_a_gaussian(mean, std, n_levels):
     """Of the distance from the mean every call at the last level keeps a fraction, that of the denoiser."""
     latents = th.tensor([[-1.0], [0.0], [0.5]], dtype=th.float64)
-    modes, sigma, _ = modes_of(gaussian_denoiser(mean, std), latents, n_levels)
-    n_shifts = n_levels - sampling_levels(n_levels).index(sigma)
+    modes, sigma = modes_of(gaussian_denoiser(mean, std), latents, n_levels)
     fraction = std**2 / (std**2 + sigma**2)
-    expected = mean + latents * math.sqrt(std**2 + sigma**2) * fraction**n_shifts
+    expected = mean + latents * math.sqrt(std**2 + sigma**2) * fraction ** (N_SHIFTS + 1)
     # The solver itself comes near only
-    assert th.allclose(modes, expected, rtol=0, atol=0.1 * std * fraction ** (n_shifts - 1))
+    assert th.allclose(modes, expected, rtol=0, atol=0.1 * std * fraction**N_SHIFTS)
 
 
-@pytest.mark.parametrize("action_dim", [1, 2, 6, 17, 100])
-def test_mode_is_looked_for_near_the_middle_and_to_one_side_of_it_in_every_dimension(action_dim):
-    latent = mode_latent(action_dim)
-    assert th.equal(latent, mode_latent(action_dim))
-    assert latent.norm().item() == pytest.approx(min(0.67 * math.sqrt(action_dim), 1), abs=1e-6)
-    sizes = latent.abs() * math.sqrt(action_dim) / latent.norm()
-    assert sizes.min() > 0.6 and sizes.max() < 1.4
-    assert len(set(sizes.tolist())) == action_dim
-    if action_dim > 1:
-        assert latent.min() < 0 < latent.max()
+@pytest.mark.parametrize("std", [0.05, 0.3, 0.9, 2.0])
+def test_deterministic_action_of_one_mode_is_near_its_mean(std):
+    modes, _ = modes_of(gaussian_denoiser(0.4, std), mode_latent(1).reshape(1, 1).double(), 8)
+    assert abs(modes.item() - 0.4) < 0.1 * std
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 6])
+def test_deterministic_action_of_two_symmetric_modes_is_one_of_them(action_dim):
+    center, std = th.full((action_dim,), 0.6, dtype=th.float64), 0.15
+
+    def denoise(x, sigma):
+        total_variance = std**2 + sigma**2
+        side = th.tanh((x * center).sum(dim=1, keepdim=True) / total_variance)
+        return (sigma**2 * side * center + std**2 * x) / total_variance
+
+    modes, _ = modes_of(denoise, mode_latent(action_dim).unsqueeze(0).double(), 8)
+    assert min((modes - center).norm(), (modes + center).norm()) < 0.5 * std
 
 
 @pytest.mark.parametrize("n_levels", [3, 4, 8, 50])
-def test_mode_costs_as_many_calls_as_a_draw(n_levels):
-    _, sigma, n_calls = modes_of(gaussian_denoiser(0.0, 0.5), th.zeros(1, 1), n_levels)
-    assert n_calls == n_levels and sigma <= SIGMA_MODE
+def test_modes_are_looked_for_through_little_noise(n_levels):
+    _, sigma = modes_of(gaussian_denoiser(0.0, 0.5), th.zeros(1, 1), n_levels)
+    assert SIGMA_MIN <= sigma <= SIGMA_MODE
 
 
 @pytest.mark.parametrize("energy", ["flat", "linear", "two modes"])
@@ -180,7 +190,7 @@ def test_modes_are_denser_than_draws_and_not_between_two(energy):
         return quadrature.denoise(energy, x, th.tensor(sigma))
 
     latents = th.special.ndtri((th.arange(200, dtype=th.float64) + 0.5) / 200).unsqueeze(1)
-    modes, _, _ = modes_of(exact_denoiser, latents, 8)
+    modes, _ = modes_of(exact_denoiser, latents, 8)
     draws = th.as_tensor(solve(exact_denoiser, 8, 200)).unsqueeze(1)
     highest = quadrature.log_prob(energy, quadrature.GRID.unsqueeze(1)).max()
     losses = [(highest - quadrature.log_prob(energy, u)).clamp(min=0) for u in (modes, draws)]
@@ -188,6 +198,18 @@ def test_modes_are_denser_than_draws_and_not_between_two(energy):
     if energy == "two modes":
         # Around 0.6 and -0.5 (the tanh shifts them), but for the latents next to where the one ends and the other begins
         assert ((modes.tanh() - 0.6).abs() < 0.15).logical_or((modes.tanh() + 0.5).abs() < 0.15).double().mean() >= 0.99
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 6, 17, 100])
+def test_modes_are_looked_for_near_the_middle_and_to_one_side_of_it_in_every_dimension(action_dim):
+    latent = mode_latent(action_dim)
+    assert th.equal(latent, mode_latent(action_dim))
+    assert latent.norm().item() == pytest.approx(MODE_LATENT)
+    sizes = latent.abs() * math.sqrt(action_dim) / latent.norm()
+    assert sizes.min() > 0.6 and sizes.max() < 1.4
+    assert len(set(sizes.tolist())) == action_dim
+    if action_dim > 1:
+        assert latent.min() < 0 < latent.max()
 
 
 def test_mode_is_bounded_whatever_the_denoiser_says():
