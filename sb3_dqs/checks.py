@@ -97,6 +97,21 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"policy_kwargs: {name}={policy_kwargs[name]!r} will not do: it must be {requirement}.")
 
 
+def check_target_entropy(target_entropy: float, action_dim: int) -> None:
+    """
+    Check that some policy has the target entropy: without one, the tuned temperature would rise for ever.
+
+    :param target_entropy: in nats
+    :param action_dim: d
+    :raises ValueError: if the entropy of the uniform policy, d log 2, is below
+    """
+    if target_entropy >= action_dim * math.log(2):
+        raise ValueError(
+            f"target_entropy={target_entropy!r} cannot be reached: it must be below {action_dim * math.log(2):.2f}, the "
+            f"entropy of uniform actions in [-1, 1]^{action_dim}."
+        )
+
+
 def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_space: gym.Space) -> None:
     """
     Check that the policy is one of DQS, fits the observations, and knows all the names in ``policy_kwargs``.

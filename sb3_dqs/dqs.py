@@ -25,7 +25,7 @@ from sb3_dqs.boltzmann import (
     energy_gradient,
     posterior_mean,
 )
-from sb3_dqs.checks import check_arguments, check_finite, check_policy, make_checked_env
+from sb3_dqs.checks import check_arguments, check_finite, check_policy, check_target_entropy, make_checked_env
 from sb3_dqs.compiled import Compiled
 from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
 from sb3_dqs.entropy import trace_steps
@@ -223,6 +223,8 @@ class DQS(OffPolicyAlgorithm):
             self.target_entropy = float(self.target_entropy)
         self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else None
         self.temperature = make_temperature(self.ent_coef, self.lr_schedule(1), self.device)
+        if isinstance(self.temperature, AutoTemperature):
+            check_target_entropy(self.target_entropy, self.actor.action_dim)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor

@@ -234,3 +234,11 @@ def test_check_policy_knows_the_arguments_of_parents():
             super().__init__(*args, **kwargs)
 
     check_policy(MixedPolicy, {"net_arch": [4], "use_sde": True}, OBS)
+
+
+@pytest.mark.parametrize("target_entropy", [0.7, 5.0])
+def test_entropy_that_no_policy_has(target_entropy):
+    with pytest.raises(ValueError, match=f"target_entropy={target_entropy} cannot be reached"):
+        DQS("MlpPolicy", "Pendulum-v1", target_entropy=target_entropy)
+    DQS("MlpPolicy", "Pendulum-v1", target_entropy=0.6, buffer_size=10)
+    DQS("MlpPolicy", "Pendulum-v1", target_entropy=target_entropy, ent_coef=0.1, buffer_size=10)  # not used
