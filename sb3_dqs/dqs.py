@@ -104,7 +104,7 @@ class DQS(OffPolicyAlgorithm):
         (see :func:`sb3_dqs.boltzmann.energy_gradient`)
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
-        and the same files; the first steps take some ten seconds more
+        and the same files; the first steps take up to a minute more
     :raises ValueError: for an argument that cannot work, before anything is built; and during training when an
         observation, a reward or a loss is not finite
     """
