@@ -101,7 +101,7 @@ def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: t
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
     # are close to each other it would amplify the errors of the denoiser
     weight = min(1 / ((levels[-2] / levels[-1]) ** 2 - 1), 1)
-    return denoised.lerp(previous_denoised, -weight).nan_to_num().clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+    return _bounded(denoised.lerp(previous_denoised, -weight).nan_to_num())
 
 
 def mode_latent(action_dim: int) -> th.Tensor:
