@@ -110,11 +110,8 @@ def pooled_mean(
     proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
     candidates = th.cat([anchors, proposals.flatten(1, 2)], dim=1)
 
-    # From (n_states, 1, n_candidates, action_dim) and (n_states, n_anchors, 1, action_dim)
-    pairs = candidates.unsqueeze(1)
-    log_components = log_normal(pairs, center.unsqueeze(2), width.unsqueeze(2)) - action_dim * width.log()
-    log_proposal = th.logsumexp(log_components, dim=1)
-    log_weights = (log_density(candidates) - log_proposal).unsqueeze(1) + log_normal(pairs, x.unsqueeze(2), sigma.unsqueeze(2))
+    log_proposal = th.logsumexp(log_normal(candidates, center, width) - action_dim * width.log(), dim=1)
+    log_weights = (log_density(candidates) - log_proposal).unsqueeze(1) + log_normal(candidates, x, sigma)
     # Of the anchors only that of x itself is a draw from p(u|x)
     is_foreign = ~th.eye(n_anchors, dtype=th.bool, device=x.device)
     log_weights[:, :, :n_anchors].masked_fill_(is_foreign, -math.inf)
@@ -222,16 +219,18 @@ def value_and_gradient(log_density: LogDensity, u: th.Tensor) -> tuple[th.Tensor
     return values.detach(), gradient
 
 
-def log_normal(u: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+def log_normal(u: th.Tensor, means: th.Tensor, std: th.Tensor) -> th.Tensor:
     """
-    Log-density of a normal distribution up to its normalisation, which does not depend on u.
+    Log-densities of normal distributions up to their normalisation, which does not depend on u.
 
-    :param u: points, shape (..., action_dim)
-    :param mean: means, shape (..., action_dim)
-    :param std: standard deviations, shape (..., 1)
-    :return: shape (...)
+    :param u: points, shape (n_states, n_points, action_dim)
+    :param means: means, shape (n_states, n_means, action_dim)
+    :param std: standard deviations, shape (n_states, n_means, 1)
+    :return: shape (n_states, n_means, n_points)
     """
-    return -((u - mean) / std).pow(2).sum(dim=-1) / 2
+    # Exact also for points that are near compared with their length
+    distances = th.cdist(means, u, compute_mode="donot_use_mm_for_euclid_dist")
+    return -(distances / std).pow(2) / 2
 
 
 def effective_sample_size(log_weights: th.Tensor) -> th.Tensor:

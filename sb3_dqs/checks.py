@@ -87,7 +87,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         if name in arguments and not is_valid(arguments[name]):
             raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
     if "ent_coef" in arguments:
-        temperature = make_temperature(arguments["ent_coef"], learning_rate=0.0, device="cpu")
+        temperature = make_temperature(arguments["ent_coef"])
         for progress_remaining in (1.0, 0.0):
             temperature(progress_remaining)  # a schedule must be positive at both ends
 

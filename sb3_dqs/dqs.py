@@ -222,7 +222,7 @@ class DQS(OffPolicyAlgorithm):
         else:
             self.target_entropy = float(self.target_entropy)
         self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else None
-        self.temperature = make_temperature(self.ent_coef, self.lr_schedule(1), self.device)
+        self.temperature = make_temperature(self.ent_coef).to(self.device)
         if isinstance(self.temperature, AutoTemperature):
             check_target_entropy(self.target_entropy, self.actor.action_dim)
 
@@ -236,10 +236,8 @@ class DQS(OffPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         # Update learning rate according to lr schedule
-        optimizers = [self.actor.optimizer, self.critic.optimizer]
-        if self.temperature.optimizer is not None:
-            optimizers.append(self.temperature.optimizer)
-        self._update_learning_rate(optimizers)
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
@@ -311,12 +309,13 @@ class DQS(OffPolicyAlgorithm):
 
             # Optimize the temperature
             if isinstance(self.temperature, AutoTemperature):
-                ent_coef_loss = self.temperature.update(entropy, self.target_entropy, self.actor.action_dim)  # type: ignore[arg-type]
+                ent_coef_loss = self.temperature.update(entropy, self.target_entropy, self.actor.action_dim, learning_rate)  # type: ignore[arg-type]
                 logs["ent_coef_loss"].append(ent_coef_loss)
 
             # Update target networks
             if gradient_step % self.target_update_interval == 0:
-                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                with th.no_grad():
+                    th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
                 # Copy running stats, see SB3's issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -421,15 +420,15 @@ class DQS(OffPolicyAlgorithm):
             parameters, otherwise raises an Exception
         :param device: device on which the code should run
         """
-        params: dict[str, Any]
         if isinstance(load_path_or_dict, dict):
-            params = load_path_or_dict
+            params: dict[str, Any] = dict(load_path_or_dict)
         else:
-            _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
         own = self.get_parameters()
-        temperature = {"temperature", "temperature.optimizer"}
-        params = {name: value for name, value in params.items() if name not in temperature - set(own)}
-        params |= {name: own[name] for name in temperature & set(own) - set(params)}
+        if "temperature" in own:
+            params.setdefault("temperature", own["temperature"])
+        else:
+            params.pop("temperature", None)
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
@@ -444,8 +443,8 @@ class DQS(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
-        if self.temperature.optimizer is not None:
-            state_dicts += ["temperature", "temperature.optimizer"]
+        if isinstance(self.temperature, AutoTemperature):
+            state_dicts.append("temperature")
         return state_dicts, []
 
 

@@ -267,15 +267,13 @@ class Actor(BasePolicy):
         """
         level_embeddings = self.embed_level(self.level_waves).unbind()
         weights = (self.level_c_in * self.embed_action.weight).unbind()
-        layers = list(self.denoiser) if dtype is None else [cast(layer, dtype) for layer in self.denoiser]
+        layers = [as_function(layer, dtype) for layer in self.denoiser]
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
             c_skip, c_out = self.sampling_scalings[step]
             # The first layer sees small differences of x, and is small
             hidden = F.linear(x, weights[step], level_embeddings[step])
             hidden = hidden.add_(embedding if embedding.shape[0] == x.shape[0] else embedding[: x.shape[0]])
-            if dtype is not None:
-                hidden = hidden.to(dtype)
             for layer in layers:
                 hidden = layer(hidden)
             return (c_skip * x).add(hidden, alpha=c_out)
@@ -300,18 +298,20 @@ class Actor(BasePolicy):
         return self(observation, deterministic)
 
 
-def cast(layer: nn.Module, dtype: th.dtype) -> Callable[[th.Tensor], th.Tensor]:
+def as_function(layer: nn.Module, dtype: th.dtype | None = None) -> Callable[[th.Tensor], th.Tensor]:
     """
-    A layer in another precision.
+    What a layer computes, without what a module costs per call; ReLUs write into their input.
 
     :param layer: of :func:`stable_baselines3.common.torch_layers.create_mlp`
-    :param dtype: precision
-    :return: the function that it computes
+    :param dtype: precision; by default that of the weights
+    :return: function of a tensor that nothing else needs
     """
+    if type(layer) is nn.ReLU:
+        return th.relu_
     if not isinstance(layer, nn.Linear):
-        return layer  # an activation function
+        return layer  # another activation function
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-    return lambda x: F.linear(x, weight, bias)
+    return lambda x: F.linear(x.to(weight.dtype), weight, bias)
 
 
 class Critic(ContinuousCritic):
@@ -329,15 +329,21 @@ class Critic(ContinuousCritic):
         """
         q_net = self.q_networks[0]
         assert isinstance(q_net, nn.Sequential)
-        first, others = q_net[0], q_net[1:]
+        first, *others = q_net
         assert isinstance(first, nn.Linear)
+        layers = [as_function(layer) for layer in others]
         features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
         features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
         # On a CPU, small pieces stay in its cache; an exported graph is for batches of any size
         is_chunked = features.device.type == "cpu" and not th.compiler.is_compiling()
         chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if is_chunked else actions.shape[1]
-        chunks = [others(features_part + F.linear(chunk, actions_weight)) for chunk in actions.split(chunk_size, dim=1)]
-        return th.cat(chunks, dim=1).squeeze(2)
+        values = []
+        for chunk in actions.split(chunk_size, dim=1):
+            hidden = F.linear(chunk, actions_weight).add_(features_part)
+            for layer in layers:
+                hidden = layer(hidden)
+            values.append(hidden)
+        return th.cat(values, dim=1).squeeze(2)
 
 
 class DQSPolicy(BasePolicy):

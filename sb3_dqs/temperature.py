@@ -39,8 +39,6 @@ class ScheduledTemperature(nn.Module):
     :param schedule: from the remaining progress (1 to 0) to the temperature
     """
 
-    optimizer: None = None
-
     def __init__(self, schedule: Schedule):
         super().__init__()
         self.schedule = schedule
@@ -67,50 +65,44 @@ class AutoTemperature(nn.Module):
     faster than SAC's steps.
 
     :param initial: initial value, positive
-    :param learning_rate: initial learning rate
-    :param device: device of the parameter
     """
 
+    log_ent_coef: th.Tensor
     mean_error: th.Tensor
 
-    def __init__(self, initial: float, learning_rate: float, device: th.device | str):
+    def __init__(self, initial: float):
         super().__init__()
-        self.log_ent_coef = nn.Parameter(th.full((1,), math.log(initial), device=device))
-        self.register_buffer("mean_error", th.zeros((), device=device))
-        self.optimizer = th.optim.SGD([self.log_ent_coef], lr=learning_rate)
+        self.register_buffer("log_ent_coef", th.full((1,), math.log(initial)))
+        self.register_buffer("mean_error", th.zeros(()))
 
     def forward(self, progress_remaining: float) -> th.Tensor:
-        return self.log_ent_coef.detach().exp()
+        return self.log_ent_coef.exp()
 
-    def update(self, entropy: th.Tensor, target_entropy: float, action_dim: int) -> th.Tensor:
+    def update(self, entropy: th.Tensor, target_entropy: float, action_dim: int, learning_rate: float) -> th.Tensor:
         """
         One gradient step.
 
         :param entropy: estimate of the policy's entropy in nats, scalar
         :param target_entropy: in nats
         :param action_dim: d
+        :param learning_rate: learning rate
         :return: the loss, before the step
         """
         # d/2 nats more: a temperature e times as high, for a Boltzmann policy of a quadratic Q
         error = (entropy - target_entropy) / (action_dim / 2)
         self.mean_error.lerp_(error, ERROR_UPDATE_RATE)
         gradient = (GAIN * self.mean_error).clamp(-MAX_RISE, 1)
-        loss = self.log_ent_coef.detach() * gradient
-        self.log_ent_coef.grad = gradient.reshape(1)
-        self.optimizer.step()
+        loss = self.log_ent_coef * gradient
+        self.log_ent_coef -= learning_rate * gradient
         return loss
 
 
-def make_temperature(
-    ent_coef: str | float | Schedule, learning_rate: float, device: th.device | str
-) -> ScheduledTemperature | AutoTemperature:
+def make_temperature(ent_coef: str | float | Schedule) -> ScheduledTemperature | AutoTemperature:
     """
     Read ``ent_coef``: ``"auto"``, ``"auto_0.1"`` (tuned, from 1 or from 0.1), a number, a function of the remaining
     progress, or ``"log_linear_1.0_0.01"`` (from the first number to the second).
 
     :param ent_coef: as the user gave it
-    :param learning_rate: initial learning rate, for the tuned temperature
-    :param device: device of the tuned temperature
     :return: the temperature
     :raises ValueError: if it can be none of these
     """
@@ -119,7 +111,7 @@ def make_temperature(
     try:
         if isinstance(ent_coef, str) and ent_coef.startswith("auto"):
             initial = 1.0 if ent_coef == "auto" else _positive(ent_coef.removeprefix("auto_"))
-            return AutoTemperature(initial, learning_rate, device)
+            return AutoTemperature(initial)
         if isinstance(ent_coef, str) and ent_coef.startswith("log_linear_"):
             initial, final = map(_positive, ent_coef.removeprefix("log_linear_").split("_"))
             return ScheduledTemperature(LogLinearSchedule(initial, final))

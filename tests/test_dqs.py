@@ -220,7 +220,13 @@ def test_train_by_hand_and_learning_rate_schedule(make_model):
     updates = model._n_updates
     model.train(gradient_steps=3)
     assert model._n_updates == updates + 3
-    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * model._current_progress_remaining)
+    learning_rate = 1e-3 * model._current_progress_remaining
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate)
+    # The temperature's: an entropy far above its target lowers log ent_coef by one learning rate per step
+    model.target_entropy = -1e6
+    before = model.temperature.log_ent_coef.item()
+    model.train(gradient_steps=3)
+    assert before - model.temperature.log_ent_coef.item() == pytest.approx(3 * learning_rate, rel=1e-3)
 
 
 def test_tau_and_target_update_interval_are_read_at_every_call(make_model):
@@ -229,6 +235,10 @@ def test_tau_and_target_update_interval_are_read_at_every_call(make_model):
     model.tau = 0.0
     model.train(2, 16)
     assert all(th.equal(old, new) for old, new in zip(before, model.critic_target.parameters(), strict=True))
+    model.tau = 0.25
+    model.train(1, 16)
+    for online, old, target in zip(model.critic.parameters(), before, model.critic_target.parameters(), strict=True):
+        assert th.allclose(target, 0.25 * online + 0.75 * old, atol=1e-6)
     model.tau = 1.0
     model.train(1, 16)
     for online, target in zip(model.critic.parameters(), model.critic_target.parameters(), strict=True):

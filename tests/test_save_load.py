@@ -46,7 +46,7 @@ def test_load_with_another_ent_coef(make_model, tmp_path, saved, loaded):
 
 def test_get_parameters_begins_with_the_policy(make_model):
     names = list(make_model().get_parameters())
-    assert names == ["policy", "actor.optimizer", "critic.optimizer", "temperature", "temperature.optimizer"]
+    assert names == ["policy", "actor.optimizer", "critic.optimizer", "temperature"]
     assert list(make_model(ent_coef=0.1).get_parameters()) == ["policy", "actor.optimizer", "critic.optimizer"]
 
 

@@ -10,7 +10,7 @@ from sb3_dqs.temperature import GAIN, MAX_RISE, AutoTemperature, LogLinearSchedu
 
 
 def test_fixed():
-    temperature = make_temperature(0.2, 1e-3, "cpu")
+    temperature = make_temperature(0.2)
     assert isinstance(temperature, ScheduledTemperature)
     assert [temperature(progress) for progress in (1.0, 0.5, 0.0)] == [0.2, 0.2, 0.2]
     assert temperature.state_dict() == {}
@@ -18,12 +18,12 @@ def test_fixed():
 
 @pytest.mark.parametrize("ent_coef", ["log_linear_1.0_0.01", LogLinearSchedule(1.0, 0.01)])
 def test_log_linear_schedule(ent_coef):
-    temperature = make_temperature(ent_coef, 1e-3, "cpu")
+    temperature = make_temperature(ent_coef)
     assert [temperature(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([1.0, 0.1, 0.01])
 
 
 def test_schedule_that_leaves_the_positive_numbers():
-    temperature = make_temperature(lambda progress: progress - 0.5, 1e-3, "cpu")
+    temperature = make_temperature(lambda progress: progress - 0.5)
     assert temperature(1.0) == 0.5
     with pytest.raises(ValueError, match="ent_coef: the schedule gave"):
         temperature(0.2)
@@ -31,14 +31,14 @@ def test_schedule_that_leaves_the_positive_numbers():
 
 @pytest.mark.parametrize(("ent_coef", "initial"), [("auto", 1.0), ("auto_0.1", 0.1)])
 def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
-    temperature = make_temperature(ent_coef, 0.1, "cpu")
+    temperature = make_temperature(ent_coef)
     assert isinstance(temperature, AutoTemperature)
     assert temperature(1.0).item() == pytest.approx(initial)
-    temperature.update(th.tensor(0.0), target_entropy=-1.0, action_dim=1)
+    temperature.update(th.tensor(0.0), target_entropy=-1.0, action_dim=1, learning_rate=0.1)
     after_high_entropy = temperature(1.0).item()
     assert after_high_entropy < initial
     for _ in range(30):
-        temperature.update(th.tensor(-3.0), target_entropy=-1.0, action_dim=1)
+        temperature.update(th.tensor(-3.0), target_entropy=-1.0, action_dim=1, learning_rate=0.1)
     assert temperature(1.0).item() > after_high_entropy
 
 
@@ -47,12 +47,12 @@ def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
 )
 def test_steps_of_the_tuned_temperature(entropy, rate):
     """In proportion to the error per half dimension, limited, in units of the learning rate."""
-    temperature = make_temperature("auto", 1e-3, "cpu")
+    temperature = make_temperature("auto")
     for _ in range(200):  # until the running mean is there
-        loss = temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6)
+        loss = temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6, learning_rate=1e-3)
     before = temperature.log_ent_coef.item()
     assert loss.item() == pytest.approx(-rate * before, abs=0.02)
-    temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6)
+    temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6, learning_rate=1e-3)
     assert temperature.log_ent_coef.item() - before == pytest.approx(1e-3 * rate, rel=1e-2, abs=1e-6)
 
 
@@ -62,13 +62,13 @@ def test_tuned_temperature_keeps_the_entropy_of_a_growing_critic_at_its_target()
     values the mean is within 0.5 nats.
     """
     dim, target_entropy, learning_rate, errors = 6, -6.0, 3e-4, []
-    temperature = make_temperature("auto_0.01", learning_rate, "cpu")
+    temperature = make_temperature("auto_0.01")
     scale = math.exp(2 * 6 / dim) * 2 * math.pi * math.e * 0.01  # the entropy is at its target
     for _ in range(3000):
         scale *= math.exp(learning_rate)
         entropy = dim / 2 * math.log(2 * math.pi * math.e * temperature(1.0).item() / scale)
         errors.append(entropy - target_entropy)
-        temperature.update(th.tensor(entropy + th.randn(()).item()), target_entropy, dim)
+        temperature.update(th.tensor(entropy + th.randn(()).item()), target_entropy, dim, learning_rate)
     assert abs(np.mean(errors[-500:])) < 0.5
 
 
@@ -77,11 +77,11 @@ def test_tuned_temperature_keeps_the_entropy_of_a_growing_critic_at_its_target()
 )
 def test_errors_name_the_value_and_the_choices(ent_coef):
     with pytest.raises(ValueError, match=r'ent_coef=.* is not a temperature: pass "auto"'):
-        make_temperature(ent_coef, 1e-3, "cpu")
+        make_temperature(ent_coef)
 
 
 def test_schedules_end_where_they_say():
     """SB3's remaining progress is negative when the last rollout overshoots."""
-    temperature = make_temperature("log_linear_1.0_0.01", 3e-4, "cpu")
+    temperature = make_temperature("log_linear_1.0_0.01")
     assert temperature(-0.5) == temperature(0.0) == pytest.approx(0.01)
-    assert make_temperature(lambda progress: 0.1 * progress + 0.005, 3e-4, "cpu")(-0.6) == pytest.approx(0.005)
+    assert make_temperature(lambda progress: 0.1 * progress + 0.005)(-0.6) == pytest.approx(0.005)
