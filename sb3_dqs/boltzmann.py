@@ -219,18 +219,18 @@ def value_and_gradient(log_density: LogDensity, u: th.Tensor) -> tuple[th.Tensor
     return values.detach(), gradient
 
 
-def log_normal(u: th.Tensor, means: th.Tensor, std: th.Tensor) -> th.Tensor:
+def log_normal(u: th.Tensor, means: th.Tensor, stds: th.Tensor) -> th.Tensor:
     """
     Log-densities of normal distributions up to their normalisation, which does not depend on u.
 
     :param u: points, shape (n_states, n_points, action_dim)
     :param means: means, shape (n_states, n_means, action_dim)
-    :param std: standard deviations, shape (n_states, n_means, 1)
+    :param stds: standard deviations, shape (n_states, n_means, 1)
     :return: shape (n_states, n_means, n_points)
     """
-    # Exact also for points that are near compared with their length
+    # Not by a matrix product, which loses the digits of small distances
     distances = th.cdist(means, u, compute_mode="donot_use_mm_for_euclid_dist")
-    return -(distances / std).pow(2) / 2
+    return -(distances / stds).pow(2) / 2
 
 
 def effective_sample_size(log_weights: th.Tensor) -> th.Tensor:

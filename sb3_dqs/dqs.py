@@ -222,8 +222,9 @@ class DQS(OffPolicyAlgorithm):
         else:
             self.target_entropy = float(self.target_entropy)
         self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else None
-        self.temperature = make_temperature(self.ent_coef).to(self.device)
+        self.temperature = make_temperature(self.ent_coef)
         if isinstance(self.temperature, AutoTemperature):
+            self.temperature.to(self.device)
             check_target_entropy(self.target_entropy, self.actor.action_dim)
 
     def _create_aliases(self) -> None:
@@ -235,7 +236,7 @@ class DQS(OffPolicyAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        # Update learning rate according to lr schedule
+        # Update learning rate according to lr schedule (the temperature has no optimizer, and takes it at every step)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         learning_rate = self.lr_schedule(self._current_progress_remaining)
 
@@ -315,6 +316,7 @@ class DQS(OffPolicyAlgorithm):
             # Update target networks
             if gradient_step % self.target_update_interval == 0:
                 with th.no_grad():
+                    # As polyak_update(), in one pass over the memory instead of two
                     th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
                 # Copy running stats, see SB3's issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
@@ -413,7 +415,7 @@ class DQS(OffPolicyAlgorithm):
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
         (see ``get_parameters``). If they were saved with another kind of ``ent_coef`` (tuned instead of given, or the
-        other way round), the temperature is not loaded and begins anew.
+        other way round), the temperature is not loaded, and stays what it is.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
@@ -423,7 +425,8 @@ class DQS(OffPolicyAlgorithm):
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)
         else:
-            params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
+            _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        params.pop("temperature.optimizer", None)  # in files of earlier versions
         own = self.get_parameters()
         if "temperature" in own:
             params.setdefault("temperature", own["temperature"])

@@ -300,7 +300,8 @@ class Actor(BasePolicy):
 
 def as_function(layer: nn.Module, dtype: th.dtype | None = None) -> Callable[[th.Tensor], th.Tensor]:
     """
-    What a layer computes, without what a module costs per call; ReLUs write into their input.
+    What a layer computes, as a function: ReLUs write into their input (and call no hooks), linear layers are in the given
+    precision.
 
     :param layer: of :func:`stable_baselines3.common.torch_layers.create_mlp`
     :param dtype: precision; by default that of the weights
@@ -308,10 +309,10 @@ def as_function(layer: nn.Module, dtype: th.dtype | None = None) -> Callable[[th
     """
     if type(layer) is nn.ReLU:
         return th.relu_
-    if not isinstance(layer, nn.Linear):
-        return layer  # another activation function
+    if dtype is None or not isinstance(layer, nn.Linear):
+        return layer
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-    return lambda x: F.linear(x.to(weight.dtype), weight, bias)
+    return lambda x: F.linear(x.to(dtype), weight, bias)
 
 
 class Critic(ContinuousCritic):

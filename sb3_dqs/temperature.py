@@ -78,6 +78,7 @@ class AutoTemperature(nn.Module):
     def forward(self, progress_remaining: float) -> th.Tensor:
         return self.log_ent_coef.exp()
 
+    @th.no_grad()
     def update(self, entropy: th.Tensor, target_entropy: float, action_dim: int, learning_rate: float) -> th.Tensor:
         """
         One gradient step.

@@ -20,6 +20,7 @@ from sb3_dqs.boltzmann import (
     effective_sample_size,
     energy_gradient,
     gradient_step,
+    log_normal,
     pooled_mean,
     posterior_mean,
     value_and_gradient,
@@ -113,6 +114,17 @@ def test_pool_is_that_of_the_state():
     th.manual_seed(1)
     other = x + th.arange(n_states).reshape(-1, 1, 1)  # the first state's are as before
     assert th.equal(pooled_mean(log_density_of("linear"), anchors, other, sigma, n_samples)[0][0], target[0])
+
+
+def test_densities_of_candidates_are_exact_far_from_the_middle():
+    """Where the noise is small beside the action: as many points as a matrix product would be taken for."""
+    means = 6 + 0.03 * th.randn(5, 4, 6, dtype=th.float64)
+    points, stds = 6 + 0.03 * th.randn(5, 48, 6, dtype=th.float64), th.full((5, 4, 1), 0.03, dtype=th.float64)
+    exact = -((points.unsqueeze(1) - means.unsqueeze(2)) / 0.03).pow(2).sum(dim=3) / 2
+    assert th.allclose(log_normal(points, means, stds), exact)
+    points, means = points.float(), means.float()
+    exact = -((points.double().unsqueeze(1) - means.double().unsqueeze(2)) / 0.03).pow(2).sum(dim=3) / 2
+    assert (log_normal(points, means, stds.float()) - exact).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("energy", ENERGIES)

@@ -82,27 +82,35 @@ def test_q1_values_are_those_of_the_first_critic():
             assert th.allclose(values[:, k], expected, atol=1e-5)
 
 
+class OtherLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+def assert_same_function(output, expected, inputs):
+    assert th.allclose(output, expected, atol=1e-5)
+    gradients, expected_gradients = th.autograd.grad(output.sum(), inputs), th.autograd.grad(expected.sum(), inputs)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert th.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden_layer", [None, nn.Linear(16, 8, bias=False), OtherLinear(16, 8)])
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.ELU])
 @pytest.mark.parametrize("net_arch", [[], [16], [16, 8, 8]])
-def test_sampler_and_values_compute_what_the_networks_do(activation_fn, net_arch):
-    """With all derivatives: layers write into their inputs."""
+def test_sampler_and_values_compute_what_the_networks_do(activation_fn, net_arch, hidden_layer):
+    """With all derivatives, though layers write into their inputs; and also with layers of the user."""
     policy = make_policy(net_arch=net_arch, activation_fn=activation_fn)
     actor, critic = policy.actor, policy.critic
+    if hidden_layer is not None and len(net_arch) == 3:
+        actor.denoiser[1], critic.q_networks[0][2] = hidden_layer, hidden_layer
     obs, x = th.randn(4, 3), th.randn(4, 2, requires_grad=True)
-    outputs = [
-        (
-            actor._denoiser_at_levels(actor.embed(obs))(x, 3),
-            actor.denoise(actor.embed(obs), x, th.full((4, 1), actor.levels[3])),
-        ),
-        (critic.q1_values(obs, x.unsqueeze(1)), critic.q1_forward(obs, x)),
-    ]
-    for output, expected in outputs:
-        assert th.allclose(output, expected, atol=1e-5)
-        inputs = [x, *(actor if expected.shape[1] == 2 else critic.q_networks[0]).parameters()]
-        for gradient, its in zip(
-            th.autograd.grad(output.sum(), inputs), th.autograd.grad(expected.sum(), inputs), strict=True
-        ):
-            assert th.allclose(gradient, its, atol=1e-5)
+    embedding, sigma = actor.embed(obs), th.full((4, 1), actor.levels[3])
+    before = embedding.clone()
+    denoised = actor._denoiser_at_levels(embedding)(x, 3)
+    assert_same_function(denoised, actor.denoise(actor.embed(obs), x, sigma), [x, *actor.parameters()])
+    assert th.equal(embedding, before)
+    values = critic.q1_values(obs, x.unsqueeze(1))  # features are the observations themselves
+    assert_same_function(values, critic.q1_forward(obs, x), [x, *critic.q_networks[0].parameters()])
 
 
 @pytest.mark.parametrize("net_arch", [None, [], [2], [16, 16], {"pi": [8], "qf": [4, 4]}, {"pi": [], "qf": [4]}])

@@ -26,6 +26,8 @@ def test_save_and_load(make_model, tmp_path, ent_coef):
     loaded = DQS.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"))
     assert equal_parameters(model.policy.state_dict(), loaded.policy.state_dict())
     assert loaded.temperature(0.5) == model.temperature(0.5)
+    assert equal_parameters(model.temperature.state_dict(), loaded.temperature.state_dict())
+    assert ent_coef != "auto" or loaded.temperature.mean_error != 0
     assert loaded.num_timesteps == model.num_timesteps and loaded._n_updates == model._n_updates
     obs = np.zeros((2, 3), np.float32)
     assert np.array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
@@ -55,6 +57,21 @@ def test_set_parameters(make_model):
     assert not equal_parameters(first.policy.state_dict(), second.policy.state_dict())
     second.set_parameters(first.get_parameters())
     assert equal_parameters(first.policy.state_dict(), second.policy.state_dict())
+
+
+@pytest.mark.parametrize("ent_coef", ["auto_0.3", 0.3])
+def test_set_parameters_with_and_without_a_temperature(make_model, ent_coef):
+    """What does not fit is left out, and the dictionary of the user is as before; also one of an earlier version."""
+    model = make_model(ent_coef=ent_coef)
+    for params in (
+        make_model(ent_coef=0.1).get_parameters(),
+        make_model(ent_coef="auto").get_parameters() | {"temperature.optimizer": {}},
+    ):
+        names = list(params)
+        model.set_parameters(params)
+        assert list(params) == names
+        taken = "temperature" in params and ent_coef == "auto_0.3"
+        assert float(model.temperature(1.0)) == pytest.approx(1.0 if taken else 0.3)
 
 
 def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):

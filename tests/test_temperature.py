@@ -42,6 +42,13 @@ def test_auto_falls_while_the_entropy_is_above_its_target(ent_coef, initial):
     assert temperature(1.0).item() > after_high_entropy
 
 
+def test_auto_is_of_one_device_and_no_graph():
+    temperature = make_temperature("auto")
+    temperature.update(th.tensor(0.0, requires_grad=True), target_entropy=-1.0, action_dim=1, learning_rate=0.1)
+    assert not temperature(1.0).requires_grad
+    assert {value.device.type for value in temperature.to("meta").state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("entropy", "rate"), [(10.0, -1.0), (-10.0, MAX_RISE), (-6.0, 0.0), (-5.9, -GAIN * 0.1 / 3), (-6.1, GAIN * 0.1 / 3)]
 )
