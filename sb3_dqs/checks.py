@@ -86,6 +86,15 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, (is_valid, requirement) in ARGUMENT_CHECKS.items():
         if name in arguments and not is_valid(arguments[name]):
             raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
+    learning_rate = arguments.get("learning_rate")
+    if callable(learning_rate):
+        for progress_remaining in (1.0, 0.0):
+            value = float(learning_rate(progress_remaining))
+            if not _is_real(value, 0):
+                raise ValueError(
+                    f"learning_rate: the function gave {value} at progress_remaining={progress_remaining}; "
+                    "it must be finite and not negative all the way from 1 to 0."
+                )
     if "ent_coef" in arguments:
         temperature = make_temperature(arguments["ent_coef"])
         for progress_remaining in (1.0, 0.0):

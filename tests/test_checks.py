@@ -75,6 +75,12 @@ def test_bad_policy_kwargs(name, value):
     assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize("value", [-1e-3, NAN, INF])
+def test_learning_rates_of_a_function_are_checked_before_training(value):
+    with pytest.raises(ValueError, match=rf"learning_rate: the function gave {value} at progress_remaining=0\.0"):
+        DQS("MlpPolicy", "Pendulum-v1", learning_rate=lambda progress: 1e-3 if progress > 0.5 else value)
+
+
 def test_schedule_that_ends_at_zero_is_refused_before_training():
     with pytest.raises(ValueError, match=r"ent_coef: the schedule gave 0\.0 at progress_remaining=0\.000"):
         DQS("MlpPolicy", "Pendulum-v1", ent_coef=lambda progress: 0.1 * progress)
