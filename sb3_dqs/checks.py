@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
 from sb3_dqs.policies import DQSPolicy, MultiInputPolicy
@@ -62,6 +62,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
     "compile": (lambda v: isinstance(v, bool), "True or False"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
+    "replay_buffer_class": (lambda v: v is None or isinstance(v, type), "None or a class such as HerReplayBuffer"),
     "action_noise": (lambda v: v is None or isinstance(v, ActionNoise), "None or an ActionNoise of SB3"),
     "use_sde": (lambda v: isinstance(v, bool), "True or False"),
     "use_sde_at_warmup": (lambda v: isinstance(v, bool), "True or False"),
@@ -86,15 +87,6 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, (is_valid, requirement) in ARGUMENT_CHECKS.items():
         if name in arguments and not is_valid(arguments[name]):
             raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
-    learning_rate = arguments.get("learning_rate")
-    if callable(learning_rate):
-        for progress_remaining in (1.0, 0.0):
-            value = float(learning_rate(progress_remaining))
-            if not _is_real(value, 0):
-                raise ValueError(
-                    f"learning_rate: the function gave {value} at progress_remaining={progress_remaining}; "
-                    "it must be finite and not negative all the way from 1 to 0."
-                )
     if "ent_coef" in arguments:
         temperature = make_temperature(arguments["ent_coef"])
         for progress_remaining in (1.0, 0.0):
@@ -104,6 +96,28 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, (is_valid, requirement) in POLICY_KWARGS_CHECKS.items():
         if name in policy_kwargs and not is_valid(policy_kwargs[name]):
             raise ValueError(f"policy_kwargs: {name}={policy_kwargs[name]!r} will not do: it must be {requirement}.")
+
+
+def check_learning_rate(learning_rate: float | Schedule) -> None:
+    """
+    Check a learning rate that is a function, at both ends of the training.
+
+    :param learning_rate: as the user gave it
+    :raises ValueError: if it is not a number there, or negative
+    """
+    if not callable(learning_rate):
+        return
+    for progress_remaining in (1.0, 0.0):
+        value = learning_rate(progress_remaining)
+        try:
+            is_valid = _is_real(float(value), 0)
+        except (TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"learning_rate: the function gave {value!r} at progress_remaining={progress_remaining}; "
+                "it must be finite and not negative all the way from 1 to 0."
+            )
 
 
 def check_target_entropy(target_entropy: float, action_dim: int) -> None:
@@ -150,11 +164,12 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             break
     known -= {"args", "kwargs", "observation_space", "action_space", "lr_schedule"}
+    of_dqs = {"diffusion_steps", "use_sde"}
     for name, value in policy_kwargs.items():
         if name not in known:
             raise ValueError(
                 f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; "
-                f"known are {', '.join(sorted(known))}."
+                f"known are {', '.join(sorted(known - of_dqs))}."
             )
 
 

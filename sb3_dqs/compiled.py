@@ -30,7 +30,7 @@ class Compiled:
                 return self.compiled(*args, **kwargs)
             except Exception as error:  # compilers fail in many ways
                 result = self.function(*args, **kwargs)  # an error of its own comes again, and is raised
-                reason = str(error).partition("\n")[0]  # advice to developers of torch follows
+                reason = str(error).partition("\n\nSet TORCH")[0].strip()  # advice to developers of torch follows
                 warnings.warn(
                     f"compile=True: torch.compile failed, and training goes on without it ({type(error).__name__}: {reason}); "
                     "install what it misses, or leave the argument out.",

@@ -25,7 +25,14 @@ from sb3_dqs.boltzmann import (
     energy_gradient,
     posterior_mean,
 )
-from sb3_dqs.checks import check_arguments, check_finite, check_policy, check_target_entropy, make_checked_env
+from sb3_dqs.checks import (
+    check_arguments,
+    check_finite,
+    check_learning_rate,
+    check_policy,
+    check_target_entropy,
+    make_checked_env,
+)
 from sb3_dqs.compiled import Compiled
 from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
 from sb3_dqs.entropy import trace_steps
@@ -159,6 +166,7 @@ class DQS(OffPolicyAlgorithm):
         compile: bool = False,
     ):
         check_arguments(locals())
+        check_learning_rate(learning_rate)
         wanted = (policy_kwargs or {}).get("diffusion_steps", diffusion_steps)
         if wanted != diffusion_steps:
             raise ValueError(
@@ -418,8 +426,8 @@ class DQS(OffPolicyAlgorithm):
         other way round), the temperature is not loaded, and stays what it is.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
-        :param exact_match: if True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception
+        :param exact_match: if True, the given parameters should include parameters for each module (but for the
+            temperature) and each of their parameters, otherwise raises an Exception
         :param device: device on which the code should run
         """
         if isinstance(load_path_or_dict, dict):
@@ -428,10 +436,10 @@ class DQS(OffPolicyAlgorithm):
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
         params.pop("temperature.optimizer", None)  # in files of earlier versions
         own = self.get_parameters()
-        if "temperature" in own:
-            params.setdefault("temperature", own["temperature"])
-        else:
+        if "temperature" not in own:
             params.pop("temperature", None)
+        elif own.keys() - params.keys() == {"temperature"}:
+            params["temperature"] = own["temperature"]
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:

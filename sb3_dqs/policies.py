@@ -1,7 +1,7 @@
 """Networks of DQS: an actor that is a denoiser run backwards, critics, and the policies that hold both."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -267,7 +267,7 @@ class Actor(BasePolicy):
         """
         level_embeddings = self.embed_level(self.level_waves).unbind()
         weights = (self.level_c_in * self.embed_action.weight).unbind()
-        layers = [as_function(layer, dtype) for layer in self.denoiser]
+        layers = as_functions(self.denoiser, dtype)
 
         def denoise(x: th.Tensor, step: int) -> th.Tensor:
             c_skip, c_out = self.sampling_scalings[step]
@@ -298,21 +298,39 @@ class Actor(BasePolicy):
         return self(observation, deterministic)
 
 
-def as_function(layer: nn.Module, dtype: th.dtype | None = None) -> Callable[[th.Tensor], th.Tensor]:
+def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None) -> list[Callable[[th.Tensor], th.Tensor]]:
     """
-    What a layer computes, as a function: ReLUs write into their input (and call no hooks), linear layers are in the given
-    precision.
+    What successive layers compute, as functions: ReLUs write into the output of the plain linear layer before them, plain
+    linear layers are in the given precision. Others, and those with hooks, are called as they are.
 
-    :param layer: of :func:`stable_baselines3.common.torch_layers.create_mlp`
+    :param layers: in their order
     :param dtype: precision; by default that of the weights
-    :return: function of a tensor that nothing else needs
+    :return: functions, the first of a tensor that nothing else needs
     """
-    if type(layer) is nn.ReLU:
-        return th.relu_
-    if dtype is None or not isinstance(layer, nn.Linear):
-        return layer
-    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    functions: list[Callable[[th.Tensor], th.Tensor]] = []
+    is_free = True  # nothing else needs the input
+    for layer in layers:
+        has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
+        if is_free and type(layer) is nn.ReLU and not has_hooks:
+            functions.append(th.relu_)
+        elif dtype is None:
+            functions.append(layer)
+        elif type(layer) is nn.Linear and not has_hooks:
+            functions.append(_linear_in(dtype, layer.weight, layer.bias))
+        else:
+            functions.append(_in_own_precision(layer))
+        is_free = type(layer) is nn.Linear and not has_hooks
+    return functions
+
+
+def _linear_in(dtype: th.dtype, weight: th.Tensor, bias: th.Tensor | None) -> Callable[[th.Tensor], th.Tensor]:
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return lambda x: F.linear(x.to(dtype), weight, bias)
+
+
+def _in_own_precision(layer: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
+    weight = next(layer.parameters(), None)
+    return layer if weight is None else lambda x: layer(x.to(weight.dtype))
 
 
 class Critic(ContinuousCritic):
@@ -332,7 +350,7 @@ class Critic(ContinuousCritic):
         assert isinstance(q_net, nn.Sequential)
         first, *others = q_net
         assert isinstance(first, nn.Linear)
-        layers = [as_function(layer) for layer in others]
+        layers = as_functions(others)
         features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
         features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
         # On a CPU, small pieces stay in its cache; an exported graph is for batches of any size

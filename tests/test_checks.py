@@ -33,6 +33,7 @@ BAD_ARGUMENTS = {
     "diffusion_steps": [2, 0, -8, 8.5],
     "policy_delay": [0, -1, 0.5, None],
     "score_target": ["gradient", None, 1],
+    "replay_buffer_class": ["HerReplayBuffer", 1],
     "backup": ["semi", None, True],
     "compile": ["yes", 1, None],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
@@ -75,10 +76,17 @@ def test_bad_policy_kwargs(name, value):
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("value", [-1e-3, NAN, INF])
-def test_learning_rates_of_a_function_are_checked_before_training(value):
-    with pytest.raises(ValueError, match=rf"learning_rate: the function gave {value} at progress_remaining=0\.0"):
-        DQS("MlpPolicy", "Pendulum-v1", learning_rate=lambda progress: 1e-3 if progress > 0.5 else value)
+@pytest.mark.parametrize("value", [-1e-3, NAN, INF, None, "fast"])
+@pytest.mark.parametrize("bad_end", [0.0, 1.0])
+def test_learning_rates_of_a_function_are_checked_before_training(value, bad_end):
+    with pytest.raises(ValueError, match=rf"learning_rate: the function gave {value!r} at progress_remaining={bad_end}"):
+        DQS("MlpPolicy", "Pendulum-v1", learning_rate=lambda progress: value if progress == bad_end else 1e-3)
+
+
+def test_names_of_policy_kwargs_are_those_that_can_be_given():
+    with pytest.raises(ValueError, match=r"policy_kwargs: netarch=\[64\] is not an argument .*known are .*net_arch") as error:
+        DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"netarch": [64]})
+    assert "diffusion_steps" not in str(error.value) and "use_sde" not in str(error.value)
 
 
 def test_schedule_that_ends_at_zero_is_refused_before_training():

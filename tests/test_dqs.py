@@ -24,7 +24,7 @@ from sb3_dqs.boltzmann import energy_gradient, posterior_mean
 from sb3_dqs.diffusion import training_levels
 from sb3_dqs.dqs import ESS_UPDATE_RATE, has_fast_bfloat16
 from sb3_dqs.entropy import trace_steps
-from sb3_dqs.temperature import LogLinearSchedule
+from sb3_dqs.temperature import AutoTemperature, LogLinearSchedule
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
 
@@ -146,6 +146,27 @@ def test_sampling_in_bfloat16_is_sampling(make_model, monkeypatch):
     assert not th.equal(actions, exact) and (actions - exact).abs().mean() < 0.01 * exact.std()
     errors = log_prob - exact_log_prob
     assert errors.abs().mean() < 0.1 and abs(errors.mean()) < 0.02
+
+
+def test_matrix_products_are_in_the_precision_of_the_sampler(make_model, monkeypatch):
+    """Of the hidden layers: their weights rounded, and multiplied in single precision, would be no faster."""
+    model, linear, dtypes = make_model(policy_kwargs={"net_arch": [8, 8]}).learn(30), th.nn.functional.linear, []
+
+    def spy(x, weight, bias=None):
+        dtypes.append((x.dtype, weight.dtype))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(th.nn.functional, "linear", spy)
+    model.sampling_dtype = th.bfloat16
+    model.train(1, 64)
+    assert dtypes.count((th.bfloat16, th.bfloat16)) == 2 * model.diffusion_steps  # hidden and last layer
+
+
+def test_tuned_temperature_is_put_on_the_device_of_the_model(make_model, monkeypatch):
+    devices = []
+    monkeypatch.setattr(AutoTemperature, "to", lambda self, device: devices.append(device) or self)
+    model = make_model(ent_coef="auto")
+    assert devices == [model.device]
 
 
 @pytest.mark.parametrize("dtype", [None, th.bfloat16])

@@ -87,6 +87,17 @@ class OtherLinear(nn.Linear):
         return 2 * super().forward(x) + 1
 
 
+class OtherReLU(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) - 0.1 * x
+
+
+def hooked_linear(*sizes: int) -> nn.Linear:
+    layer = nn.Linear(*sizes)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output + 1)
+    return layer
+
+
 def assert_same_function(output, expected, inputs):
     assert th.allclose(output, expected, atol=1e-5)
     gradients, expected_gradients = th.autograd.grad(output.sum(), inputs), th.autograd.grad(expected.sum(), inputs)
@@ -94,15 +105,48 @@ def assert_same_function(output, expected, inputs):
         assert th.allclose(gradient, expected_gradient, atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden_layer", [None, nn.Linear(16, 8, bias=False), OtherLinear(16, 8)])
-@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.ELU])
-@pytest.mark.parametrize("net_arch", [[], [16], [16, 8, 8]])
-def test_sampler_and_values_compute_what_the_networks_do(activation_fn, net_arch, hidden_layer):
+HIDDEN_LAYERS = {
+    "plain": lambda: [nn.Linear(16, 8)],
+    "without bias": lambda: [nn.Linear(16, 8, bias=False)],
+    "of another class": lambda: [OtherLinear(16, 8)],
+    "with a hook": lambda: [hooked_linear(16, 8)],
+    "parametrized": lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(16, 8))],
+    # Whose derivatives need their own outputs
+    "and a tanh": lambda: [nn.Linear(16, 8), nn.Tanh()],
+    "and a ReLU": lambda: [nn.Linear(16, 8), nn.ReLU()],
+}
+
+
+def policy_with_layers(activation_fn, hidden_layers) -> DQSPolicy:
+    policy = make_policy(net_arch=[16, 8, 8], activation_fn=activation_fn)
+    for net, index in ((policy.actor.denoiser, 1), (policy.critic.q_networks[0], 2)):
+        net.pop(index)
+        for layer in reversed(HIDDEN_LAYERS[hidden_layers]()):
+            net.insert(index, layer)
+    return policy
+
+
+@pytest.mark.parametrize("hidden_layers", HIDDEN_LAYERS)
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.PReLU, OtherReLU])
+def test_sampler_in_bfloat16_computes_what_the_network_does(activation_fn, hidden_layers):
+    """Up to rounding, of 2^-9 per operation."""
+    actor = policy_with_layers(activation_fn, hidden_layers).actor
+    embedding, x = actor.embed(th.randn(64, 3)), th.randn(64, 2)
+    expected = actor.denoise(embedding, x, th.full((64, 1), actor.levels[3]))
+    denoised = actor._denoiser_at_levels(embedding, th.bfloat16)(x, 3)
+    assert denoised.dtype == th.float32
+    assert (denoised - expected).abs().max() < 0.02 < 0.05 < expected.std()
+
+
+@pytest.mark.parametrize("net", [[], [16], *HIDDEN_LAYERS])
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.ELU, nn.PReLU, OtherReLU])
+def test_sampler_and_values_compute_what_the_networks_do(activation_fn, net):
     """With all derivatives, though layers write into their inputs; and also with layers of the user."""
-    policy = make_policy(net_arch=net_arch, activation_fn=activation_fn)
+    if isinstance(net, list):
+        policy = make_policy(net_arch=net, activation_fn=activation_fn)
+    else:
+        policy = policy_with_layers(activation_fn, net)
     actor, critic = policy.actor, policy.critic
-    if hidden_layer is not None and len(net_arch) == 3:
-        actor.denoiser[1], critic.q_networks[0][2] = hidden_layer, hidden_layer
     obs, x = th.randn(4, 3), th.randn(4, 2, requires_grad=True)
     embedding, sigma = actor.embed(obs), th.full((4, 1), actor.levels[3])
     before = embedding.clone()

@@ -74,6 +74,20 @@ def test_set_parameters_with_and_without_a_temperature(make_model, ent_coef):
         assert float(model.temperature(1.0)) == pytest.approx(1.0 if taken else 0.3)
 
 
+def test_other_parameters_that_are_missing_are_named(make_model):
+    params = {"policy": make_model().policy.state_dict()}
+    with pytest.raises(ValueError, match="got {'policy'}$"):
+        make_model().set_parameters(params)
+
+
+def test_a_file_is_loaded_though_its_learning_rate_would_be_refused(make_model, tmp_path):
+    """For what an earlier version accepted."""
+    model = make_model()
+    model.learning_rate = lambda progress: 1e-3 * (progress - 0.1)
+    model.save(tmp_path / "model")
+    DQS.load(tmp_path / "model").predict(np.zeros(3, np.float32))
+
+
 def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
     make_model().learn(30).save(tmp_path / "dqs")
     SAC("MlpPolicy", "Pendulum-v1", buffer_size=100).save(tmp_path / "sac")
