@@ -76,7 +76,7 @@ def test_set_parameters_with_and_without_a_temperature(make_model, ent_coef):
 
 def test_other_parameters_that_are_missing_are_named(make_model):
     params = {"policy": make_model().policy.state_dict()}
-    with pytest.raises(ValueError, match="got {'policy'}$"):
+    with pytest.raises(ValueError, match=r"got {'policy'}$"):
         make_model().set_parameters(params)
 
 
