@@ -157,6 +157,15 @@ def test_sampler_and_values_compute_what_the_networks_do(activation_fn, net):
     assert_same_function(values, critic.q1_forward(obs, x), [x, *critic.q_networks[0].parameters()])
 
 
+@pytest.mark.parametrize("dtype", [None, th.bfloat16])
+def test_what_hooks_keep_is_not_overwritten(dtype):
+    actor, kept = make_policy(net_arch=[16, 8]).actor, []
+    actor.denoiser[1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with th.no_grad():
+        actor._denoiser_at_levels(actor.embed(th.randn(64, 3)), dtype)(th.randn(64, 2), 3)
+    assert (kept[0] < 0).any()
+
+
 @pytest.mark.parametrize("net_arch", [None, [], [2], [16, 16], {"pi": [8], "qf": [4, 4]}, {"pi": [], "qf": [4]}])
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
 def test_architectures(make_model, net_arch, activation_fn):
