@@ -58,7 +58,8 @@ def test_steps_of_the_tuned_temperature(entropy, rate):
     for _ in range(200):  # until the running mean is there
         temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6, learning_rate=1e-3)
     before = temperature.log_ent_coef.item()
-    temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6, learning_rate=1e-3)
+    loss = temperature.update(th.tensor(entropy), target_entropy=-6.0, action_dim=6, learning_rate=1e-3)
+    assert loss.item() == pytest.approx(-rate * before, rel=1e-3, abs=1e-6)
     assert temperature.log_ent_coef.item() - before == pytest.approx(1e-3 * rate, rel=1e-2, abs=1e-6)
 
 
