@@ -1,20 +1,18 @@
 """
-Returns of DQS beside SAC, both with their defaults, in the same run.
+Returns of DQS and its peers while they learn.
 
-    python benchmarks/returns.py --env Pendulum-v1 --steps 10000 --seeds 0 1 2
+    python benchmarks/returns.py --env HalfCheetah-v5 Hopper-v5 --steps 100000 --seeds 0 1 2 --algos SAC TQC CrossQ DQS
 
-Each training writes its result to ``--out`` as it ends, and one that has a result there is not run again
-(remove the folder after a change of the code or of --episodes).
-Prints a table of the final deterministic returns and of the scalars of the last 500 steps, and saves the learning curves.
+One process per core. Each run appends a row per evaluation to a CSV file of its own below ``benchmarks/results/returns`` and
+saves the model and its buffer beside ``--checkpoints``, from where a stopped run goes on. A run whose file has all rows is
+not run again. Prints the returns at the last common step and at equal CPU time as interquartile means over seeds with
+bootstrap intervals, and saves the learning curves.
 """
 
 import argparse
 import json
-import math
 import multiprocessing
 import time
-import warnings
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -22,93 +20,119 @@ from typing import Any
 import gymnasium as gym
 import matplotlib
 import numpy as np
-import torch as th
-from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import BaseCallback
+import sb3_contrib
+import stable_baselines3
+from common import RESULTS, append_rows, bootstrap_interval, iqm, print_provenance, print_table, read_rows, use_one_thread
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-
-from sb3_dqs import DQS
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ALGORITHMS = {"DQS": DQS, "SAC": SAC}
-WINDOW = 500
-SCALARS = ("train/ent_coef", "train/entropy", "train/ess")
+# Name: class and arguments. All networks are 256x256, and gradient steps one per step, so that differences are the algorithm's
+WIDE = {"policy_kwargs": {"net_arch": [256, 256]}}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SAC": ("SAC", WIDE),
+    "SAC-1e-3": ("SAC", {**WIDE, "learning_rate": 1e-3}),
+    "TQC": ("TQC", WIDE),
+    "CrossQ": ("CrossQ", WIDE),
+    "DQS": ("DQS", WIDE),
+    "DQS-1e-3": ("DQS", {**WIDE, "learning_rate": 1e-3}),
+}
+SCALARS = ("ent_coef", "entropy", "ess")
 
 
-class Recorder(BaseCallback):
-    """Keeps the returns of the training episodes and the logged scalars, as means of ``WINDOW`` steps."""
+def find_algorithm(name: str) -> type[OffPolicyAlgorithm]:
+    if name == "DQS":
+        from sb3_dqs import DQS  # the peers do not need it
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.episodes: list[tuple[int, float]] = []
-        self.scalars: list[dict[str, float]] = []
-        self.window: dict[str, list[float]] = defaultdict(list)
-
-    def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            if "episode" in info:
-                self.episodes.append((self.num_timesteps, float(info["episode"]["r"])))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        for key in SCALARS:
-            if key in self.logger.name_to_value:
-                self.window[key].append(float(self.logger.name_to_value[key]))
-        if self.num_timesteps % WINDOW == 0:
-            self.scalars.append({"step": self.num_timesteps} | {key: float(np.mean(v)) for key, v in self.window.items()})
-            self.window.clear()
+        return DQS
+    return getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
 
 
-def train(
-    algorithm: str, env_id: str, steps: int, seed: int, n_eval_episodes: int, kwargs: dict[str, Any], path: Path
-) -> dict[str, Any]:
-    """One training and its evaluation; the model is saved beside the result."""
-    th.set_num_threads(1)
-    recorder = Recorder()
-    model = ALGORITHMS[algorithm]("MlpPolicy", env_id, seed=seed, device="cpu", **(kwargs if algorithm == "DQS" else {}))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        start = time.process_time()
-        model.learn(steps, callback=recorder, log_interval=10**9)
-        seconds = time.process_time() - start
-    model.save(path.with_suffix(".zip"))
+def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: argparse.Namespace, path: Path) -> None:
+    """One run, from its last checkpoint on."""
+    use_one_thread()
+    algorithm, arguments = VARIANTS[variant]
+    rows = read_rows(path)
+    checkpoint = args.checkpoints / path.relative_to(args.out).with_suffix("")
+    cls = find_algorithm(algorithm)
+    if rows and checkpoint.with_suffix(".zip").exists():
+        model = cls.load(checkpoint, env=env_id, device="cpu")
+        model.load_replay_buffer(checkpoint.with_suffix(".pkl"))
+        cpu_seconds = float(rows[-1]["cpu_seconds"])
+    else:
+        path.unlink(missing_ok=True)
+        model = cls("MlpPolicy", env_id, buffer_size=args.steps, seed=seed, device="cpu", **{**arguments, **kwargs})
+        cpu_seconds = 0.0
     env = Monitor(gym.make(env_id))
     env.reset(seed=10_000 + seed)
-    returns, _ = evaluate_policy(model, env, n_eval_episodes, deterministic=True, return_episode_rewards=True)
-    return {
-        "algorithm": algorithm,
-        "env": env_id,
-        "steps": steps,
-        "seed": seed,
-        "kwargs": kwargs,
-        "returns": returns,
-        "episodes": recorder.episodes,
-        "scalars": recorder.scalars,
-        "finite": all(math.isfinite(value) for row in recorder.scalars for value in row.values()),
-        "warnings": [str(warning.message) for warning in caught],
-        "cpu_seconds": seconds,
-    }
+    while model.num_timesteps < args.steps:
+        start = time.process_time()
+        n_steps = min(args.eval_freq, args.steps - model.num_timesteps)
+        model.learn(n_steps, log_interval=10**9, reset_num_timesteps=model.num_timesteps == 0)
+        cpu_seconds += time.process_time() - start
+        returns, _ = evaluate_policy(model, env, args.episodes, return_episode_rewards=True)
+        recent = [episode["r"] for episode in model.ep_info_buffer or []][-5:]
+        scalars = {name: model.logger.name_to_value.get(f"train/{name}", np.nan) for name in SCALARS}
+        row = {
+            "variant": variant,
+            "kwargs": json.dumps(kwargs),
+            "env": env_id,
+            "seed": seed,
+            "step": model.num_timesteps,
+            "return": round(float(np.mean(returns)), 2),
+            "std": round(float(np.std(returns)), 2),
+            "training_return": round(float(np.mean(recent)), 2) if recent else "",
+            "cpu_seconds": round(cpu_seconds, 1),
+            **{name: f"{value:.4g}" for name, value in scalars.items()},
+        }
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        model.save(checkpoint)
+        model.save_replay_buffer(checkpoint.with_suffix(".pkl"))
+        append_rows(path, [row])
+    checkpoint.with_suffix(".pkl").unlink(missing_ok=True)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Returns of the training episodes against steps, a panel per environment."""
-    envs = sorted({result["env"] for result in results})
-    figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.6), squeeze=False, layout="constrained")
-    for ax, env_id in zip(axes[0], envs, strict=True):
-        for result in results:
-            if result["env"] == env_id and result["episodes"]:
-                color, label = ("tab:blue", "DQS") if result["algorithm"] == "DQS" else ("tab:orange", "SAC")
-                steps, returns = np.array(result["episodes"]).T
-                window = min(10, len(returns))
-                smooth = np.convolve(returns, np.ones(window) / window, mode="valid")
-                ax.plot(steps[window - 1 :], smooth, color=color, alpha=0.8, label=label)
-        handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        ax.legend(handles.values(), handles.keys())
-        ax.set(title=env_id, xlabel="environment steps", ylabel="training return (mean of 10 episodes)")
+def curves_of(variant: str, env_id: str, paths: list[Path]) -> list[np.ndarray]:
+    """Per seed an array of (step, CPU seconds, return), one row per evaluation."""
+    curves = [read_rows(path) for path in paths]
+    return [np.array([[float(row[k]) for k in ("step", "cpu_seconds", "return")] for row in rows]) for rows in curves if rows]
+
+
+def summary(curves: list[np.ndarray], column: int, limit: float) -> str:
+    """Interquartile mean of the last return up to the limit, of steps or CPU seconds, with its interval."""
+    returns = np.array([curve[curve[:, column] <= limit, 2][-1] for curve in curves if (curve[:, column] <= limit).any()])
+    if len(returns) == 0:
+        return ""
+    low, high = bootstrap_interval(returns)
+    return f"{iqm(returns):.0f} ({low:.0f} to {high:.0f}; {len(returns)})"
+
+
+def report(results: dict[str, dict[str, list[np.ndarray]]], path: Path) -> None:
+    """A table of the returns and the figure of the curves."""
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.8), squeeze=False, layout="constrained")
+    rows = []
+    for ax, (env_id, variants) in zip(axes[0], results.items(), strict=True):
+        ends = [(curve[-1, 0], curve[-1, 1]) for curves in variants.values() for curve in curves]
+        last_step, cpu_seconds = (min(values) for values in zip(*ends, strict=True)) if ends else (0.0, 0.0)
+        for color, (variant, curves) in enumerate(variants.items()):
+            rows.append([env_id, variant, summary(curves, 0, last_step), summary(curves, 1, cpu_seconds)])
+            if curves:
+                n = min(map(len, curves))
+                returns = np.array([curve[:n, 2] for curve in curves])
+                intervals = np.array([bootstrap_interval(column) for column in returns.T])
+                steps = curves[0][:n, 0]
+                ax.plot(steps, iqm(returns.T), color=f"C{color}", label=variant)
+                ax.fill_between(steps, *intervals.T, color=f"C{color}", alpha=0.2, linewidth=0)
+        ax.set(title=env_id, xlabel="environment steps", ylabel="return (IQM over seeds)")
+        ax.legend(fontsize="small")
+        rows.append([env_id, "(compared at)", f"{last_step:.0f} steps", f"{cpu_seconds:.0f} CPU s"])
+    print_table(["env", "algorithm", "return, IQM (95 %; seeds) at equal steps", "at equal CPU time"], rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    print("curves:", path)
 
 
 def main() -> None:
@@ -116,42 +140,41 @@ def main() -> None:
     parser.add_argument("--env", nargs="+", default=["Pendulum-v1"])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=20, help="deterministic evaluation episodes")
-    parser.add_argument("--dqs", type=json.loads, default={}, help='other arguments of DQS, as JSON: \'{"backup": "hard"}\'')
-    parser.add_argument("--algos", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
+    parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"], choices=list(VARIANTS))
+    parser.add_argument("--kwargs", type=json.loads, default={}, help='more arguments of all, as JSON: \'{"gamma": 0.95}\'')
+    parser.add_argument("--tag", default="", help="name of these arguments in file names and tables")
+    parser.add_argument("--eval-freq", type=int, default=5_000)
+    parser.add_argument("--episodes", type=int, default=5, help="deterministic episodes per evaluation")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/returns"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "returns")
+    parser.add_argument("--checkpoints", type=Path, default=Path("logs/checkpoints"))
+    parser.add_argument("--report-only", action="store_true", help="print what the files have")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    print_provenance()
 
-    tag = "".join(f"_{key}={value}" for key, value in args.dqs.items())
-    jobs = {
-        args.out / f"{algo}{tag if algo == 'DQS' else ''}_{env_id}_{args.steps}_{seed}.json": (algo, env_id, args.steps, seed)
-        for env_id in args.env
-        for seed in args.seeds
-        for algo in args.algos
-    }
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {
-            pool.submit(train, *job, args.episodes, args.dqs, path): path for path, job in jobs.items() if not path.exists()
+    def path_of(variant: str, env_id: str, seed: int) -> Path:
+        return args.out / env_id / f"{variant}{args.tag}_{args.steps}_{seed}.csv"
+
+    jobs = [(variant, env_id, seed) for seed in args.seeds for env_id in args.env for variant in args.algos]
+    if not args.report_only:
+        # Spawned, one run per process: a run's memory and threads end with it
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            futures = {}
+            for variant, env_id, seed in jobs:
+                rows = read_rows(path := path_of(variant, env_id, seed))
+                if not rows or int(rows[-1]["step"]) < args.steps:
+                    futures[pool.submit(train, variant, args.kwargs, env_id, seed, args, path)] = path
+            for i, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                print(f"done {i}/{len(futures)}: {futures[future].stem}", flush=True)
+    results = {
+        env_id: {
+            variant + args.tag: curves_of(variant, env_id, [path_of(variant, env_id, seed) for seed in args.seeds])
+            for variant in args.algos
         }
-        for future in as_completed(futures):
-            futures[future].write_text(json.dumps(future.result()))
-            print("done:", futures[future].name, flush=True)
-
-    results = [json.loads(path.read_text()) for path in jobs]
-    header = ("env", "algorithm", "seed", "return", "std", "ent_coef", "entropy", "ess", "finite", "warnings", "CPU s")
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for result in results:
-        last = result["scalars"][-1] if result["scalars"] else {}
-        scalars = [f"{last[key]:.3g}" if key in last else "" for key in SCALARS]
-        mean, std = np.mean(result["returns"]), np.std(result["returns"])
-        row = [result["env"], result["algorithm"], result["seed"], f"{mean:.0f}", f"{std:.0f}", *scalars]
-        row += [result["finite"], len(result["warnings"]), f"{result['cpu_seconds']:.0f}"]
-        print("| " + " | ".join(map(str, row)) + " |")
-    path = args.out / f"curves{tag}_{'_'.join(args.env)}_{args.steps}.png"
-    plot(results, path)
-    print("curves:", path)
+        for env_id in args.env
+    }
+    report(results, args.out / f"curves_{'_'.join(args.env)}{args.tag}_{args.steps}.png")
 
 
 if __name__ == "__main__":

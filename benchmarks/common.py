@@ -1,0 +1,104 @@
+"""What the benchmarks share: where a figure comes from, CSV files of results, tables, interquartile means."""
+
+import csv
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "gymnasium", "mujoco")
+
+
+@cache
+def provenance() -> dict[str, str]:
+    """Commit, versions, processor, and whether the processor multiplies bfloat16 matrices in hardware."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    is_changed = subprocess.run([*git, "status", "--porcelain", "--", "../sb3_dqs"], capture_output=True, text=True).stdout
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return {
+        "commit": (commit or "unknown") + ("+" if is_changed else ""),
+        "versions": " ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "python": platform.python_version(),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "bfloat16": str(any(flag in cpuinfo for flag in ("amx_bf16", "avx512_bf16"))),
+    }
+
+
+def print_provenance() -> None:
+    print(", ".join(f"{name}: {value}" for name, value in provenance().items()), flush=True)
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """
+    Append rows, with their provenance, to a CSV file that is created with its first row.
+
+    :param path: the file
+    :param rows: all with the same keys, in the order of the columns
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**row, **provenance()} for row in rows]
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table in Markdown."""
+    header = list(header)
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+    print(flush=True)
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
+    """
+    Interquartile mean over the last axis (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264): the mean of the middle
+    half, in which values at its edge count in part.
+
+    :param values: shape (..., n)
+    :return: shape (...)
+    """
+    ordered, n = np.sort(values, axis=-1), values.shape[-1]
+    left = np.arange(n) / n
+    weights = (np.minimum(left + 1 / n, 0.75) - np.maximum(left, 0.25)).clip(0)
+    return (ordered * weights).sum(axis=-1) / weights.sum()
+
+
+def bootstrap_interval(values: np.ndarray, n_resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """
+    Percentile bootstrap interval of the interquartile mean, from resampled seeds.
+
+    :param values: one per seed, shape (n,)
+    :param n_resamples: number of resamples
+    :param level: probability
+    :return: lower and upper end
+    """
+    rng = np.random.default_rng(0)
+    means = iqm(values[rng.integers(len(values), size=(n_resamples, len(values)))])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def use_one_thread() -> None:
+    th.set_num_threads(1)
