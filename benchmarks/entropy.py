@@ -17,7 +17,7 @@ import torch as th
 from nearest_neighbours import nearest_neighbour_entropy
 
 from sb3_dqs import DQS
-from sb3_dqs.diffusion import log_det_tanh
+from sb3_dqs.density import log_det_tanh
 
 N_ACTIONS, N_STATES = 2000, 20
 

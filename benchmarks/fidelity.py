@@ -33,17 +33,13 @@ from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import ENOUGH_SAMPLES, N_ANCHORS, LogDensity, count_pooled, effective_sample_size
-from sb3_dqs.diffusion import (
-    MAX_UNSQUASHED,
-    edm_scalings,
-    log_det_tanh,
-    sampling_levels,
-    solve_reverse_ode,
-    training_levels,
-)
-from sb3_dqs.dqs import ESS_UPDATE_RATE, has_fast_bfloat16
-from sb3_dqs.policies import Actor
+from sb3_dqs.actor import Actor
+from sb3_dqs.denoiser_targets import ENOUGH_SAMPLES, N_ANCHORS, LogDensity, count_pooled, effective_sample_size
+from sb3_dqs.density import log_det_tanh
+from sb3_dqs.dqs import ESS_UPDATE_RATE
+from sb3_dqs.fast import has_fast_bfloat16
+from sb3_dqs.noise import edm_scalings, sampling_levels, training_levels
+from sb3_dqs.solvers import MAX_UNSQUASHED, solve_reverse_ode
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch as th
 
-from sb3_dqs.boltzmann import PRIOR_STD, LogDensity, broad_proposal, energy_gradient, posterior_mean, value_and_gradient
-from sb3_dqs.diffusion import MAX_UNSQUASHED
+from sb3_dqs.denoiser_targets import PRIOR_STD, LogDensity, broad_proposal, energy_gradient, posterior_mean, value_and_gradient
+from sb3_dqs.solvers import MAX_UNSQUASHED
 
 EstimatorFn = Callable[..., tuple[th.Tensor, th.Tensor]]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch as th
 from torch import nn
 
-from sb3_dqs.boltzmann import LogDensity
+from sb3_dqs.denoiser_targets import LogDensity
 
 SHARES = (0.1, 0.2, 0.3, 0.4)
 # One sign vector per mode; they differ in 3 to 4 of 6 dimensions, and in 8 or 9 of 17

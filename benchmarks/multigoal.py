@@ -20,7 +20,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_dqs import DQS
-from sb3_dqs.multigoal import draw_goals
+from sb3_dqs.envs.multigoal import draw_goals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"], choices=list(VARIANTS))
-    parser.add_argument("--kwargs", type=json.loads, default={}, help='more arguments of all, as JSON: \'{"gamma": 0.95}\'')
+    parser.add_argument("--kwargs", type=json.loads, default={}, help="more arguments of all, as JSON: '{\"gamma\": 0.95}'")
     parser.add_argument("--tag", default="", help="name of these arguments in file names and tables")
     parser.add_argument("--eval-freq", type=int, default=5_000)
     parser.add_argument("--episodes", type=int, default=5, help="deterministic episodes per evaluation")

@@ -17,8 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_dqs.boltzmann import effective_sample_size
 from sb3_dqs.checks import is_int
+from sb3_dqs.denoiser_targets import effective_sample_size
 from sb3_dqs.dqs import DQS, slice_observations
 from sb3_dqs.policies import DQSPolicy
 

@@ -16,15 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
-from sb3_dqs.boltzmann import (
-    ENOUGH_SAMPLES,
-    N_ANCHORS,
-    LogDensity,
-    count_pooled,
-    effective_sample_size,
-    energy_gradient,
-    posterior_mean,
-)
+from sb3_dqs.actor import Actor
 from sb3_dqs.checks import (
     check_arguments,
     check_finite,
@@ -33,10 +25,20 @@ from sb3_dqs.checks import (
     check_target_entropy,
     make_checked_env,
 )
-from sb3_dqs.compiled import Compiled
-from sb3_dqs.diffusion import edm_scalings, log_det_tanh, training_levels
-from sb3_dqs.entropy import trace_steps
-from sb3_dqs.policies import Actor, CnnPolicy, Critic, DQSPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dqs.critics import Critic
+from sb3_dqs.denoiser_targets import (
+    ENOUGH_SAMPLES,
+    N_ANCHORS,
+    LogDensity,
+    count_pooled,
+    effective_sample_size,
+    energy_gradient,
+    posterior_mean,
+)
+from sb3_dqs.density import log_det_tanh, trace_steps
+from sb3_dqs.fast import Compiled, has_fast_bfloat16
+from sb3_dqs.noise import edm_scalings, training_levels
+from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
 
 # Rate of the running mean of the effective sample size
@@ -107,8 +109,8 @@ class DQS(OffPolicyAlgorithm):
     :param diffusion_steps: Number of steps of the reverse process, that is of denoiser calls per action
     :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param score_target: What the actor regresses on: ``"posterior_mean"``
-        (see :func:`sb3_dqs.boltzmann.posterior_mean`), or the paper's ``"energy_gradient"``
-        (see :func:`sb3_dqs.boltzmann.energy_gradient`)
+        (see :func:`sb3_dqs.denoiser_targets.posterior_mean`), or the paper's ``"energy_gradient"``
+        (see :func:`sb3_dqs.denoiser_targets.energy_gradient`)
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
         and the same files; the first steps take up to a minute more
@@ -457,19 +459,6 @@ class DQS(OffPolicyAlgorithm):
         if isinstance(self.temperature, AutoTemperature):
             state_dicts.append("temperature")
         return state_dicts, []
-
-
-def has_fast_bfloat16(device: th.device) -> bool:
-    """
-    Whether products of matrices are faster in bfloat16.
-
-    :param device: device
-    :return: true for CPUs with AMX or AVX512-BF16, and for GPUs with tensor cores for it
-    """
-    if device.type == "cuda":
-        return th.cuda.get_device_capability(device) >= (8, 0)
-    capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
-    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def slice_observations(obs: PyTorchObs, rows: slice) -> PyTorchObs:

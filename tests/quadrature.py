@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from sb3_dqs.diffusion import log_det_tanh
+from sb3_dqs.density import log_det_tanh
 
 # Nodes are placed in widths of p(u|x) of a policy that is broader than all of these. As the integrands are smooth, 97 do
 # for integrals; draws are uniform between nodes, and take more

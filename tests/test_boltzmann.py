@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quadrature import ENERGIES, denoise, log_density_of, sample, sample_posterior
 
-from sb3_dqs.boltzmann import (
+from sb3_dqs.denoiser_targets import (
     COMMON_STEP,
     ENOUGH_SAMPLES,
     MAX_STEP,
@@ -25,7 +25,7 @@ from sb3_dqs.boltzmann import (
     posterior_mean,
     value_and_gradient,
 )
-from sb3_dqs.diffusion import training_levels
+from sb3_dqs.noise import training_levels
 
 # A test with this many standard errors fails by chance once in 16,000 runs
 N_STANDARD_ERRORS = 4
@@ -132,7 +132,7 @@ def test_densities_of_candidates_are_exact_far_from_the_middle():
 @pytest.mark.parametrize("policy_std", [0.3, 1.0])
 def test_gradient_step_has_zero_mean_at_the_fixed_point(energy, sigma, policy_std, monkeypatch):
     """Stein's identity: at every x, for any number of modes and any ``policy_std``, with steps shortened in common."""
-    monkeypatch.setattr("sb3_dqs.boltzmann.MAX_STEP", math.inf)
+    monkeypatch.setattr("sb3_dqs.denoiser_targets.MAX_STEP", math.inf)
     exact, anchors, x = (each.reshape(-1, 4, 1) for each in draw_at_the_fixed_point(energy, sigma, 8000))
     arguments = anchors, exact, x, th.full_like(x, sigma), th.full((1,), policy_std)
     # In units of the posterior's width, and up to what single precision leaves of (x - D) / sigma^2
@@ -146,7 +146,7 @@ def test_limit_of_the_gradient_step_does_not_bind_for_gentle_energies(energy, si
     exact, anchors, x = draw_at_the_fixed_point(energy, sigma, 1000)
     arguments = gradient_of(log_density_of(energy), anchors), anchors, exact, x, th.full_like(x, sigma), th.full((1,), 0.8)
     limited = gradient_step(*arguments)
-    monkeypatch.setattr("sb3_dqs.boltzmann.MAX_STEP", math.inf)
+    monkeypatch.setattr("sb3_dqs.denoiser_targets.MAX_STEP", math.inf)
     assert th.equal(limited, gradient_step(*arguments))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 
 from sb3_dqs import DQS
-from sb3_dqs.compiled import Compiled
+from sb3_dqs.fast import Compiled
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler

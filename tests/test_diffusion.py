@@ -8,24 +8,18 @@ import pytest
 import quadrature
 import torch as th
 
-from sb3_dqs.diffusion import (
+from sb3_dqs.density import log_det_tanh
+from sb3_dqs.noise import (
     LEVEL_CURVATURE,
-    MAX_UNSQUASHED,
-    MODE_LATENT,
-    N_SHIFTS,
     SIGMA_BROAD,
     SIGMA_DATA,
     SIGMA_MAX,
     SIGMA_MIN,
-    SIGMA_MODE,
     edm_scalings,
-    find_mode,
-    log_det_tanh,
-    mode_latent,
     sampling_levels,
-    solve_reverse_ode,
     training_levels,
 )
+from sb3_dqs.solvers import MAX_UNSQUASHED, MODE_LATENT, N_SHIFTS, SIGMA_MODE, find_mode, mode_latent, solve_reverse_ode
 
 
 @pytest.mark.parametrize("n_levels", [3, 8, 40])

@@ -20,10 +20,11 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dqs import DQS, MlpPolicy
-from sb3_dqs.boltzmann import energy_gradient, posterior_mean
-from sb3_dqs.diffusion import training_levels
-from sb3_dqs.dqs import ESS_UPDATE_RATE, has_fast_bfloat16
-from sb3_dqs.entropy import trace_steps
+from sb3_dqs.denoiser_targets import energy_gradient, posterior_mean
+from sb3_dqs.density import trace_steps
+from sb3_dqs.dqs import ESS_UPDATE_RATE
+from sb3_dqs.fast import has_fast_bfloat16
+from sb3_dqs.noise import training_levels
 from sb3_dqs.temperature import AutoTemperature, LogLinearSchedule
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")

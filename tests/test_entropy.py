@@ -6,8 +6,9 @@ import pytest
 import quadrature
 import torch as th
 
-from sb3_dqs.diffusion import SIGMA_BROAD, SIGMA_MAX, SIGMA_MIN, sampling_levels, solve_forward_ode, solve_reverse_ode
-from sb3_dqs.entropy import TRACE_STEP, flow_log_density, random_signs, trace_steps, with_traces
+from sb3_dqs.density import TRACE_STEP, flow_log_density, random_signs, trace_steps, with_traces
+from sb3_dqs.noise import SIGMA_BROAD, SIGMA_MAX, SIGMA_MIN, sampling_levels
+from sb3_dqs.solvers import solve_forward_ode, solve_reverse_ode
 
 N_STANDARD_ERRORS = 4
 MEAN, STD = 0.2, 0.3

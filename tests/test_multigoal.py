@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.env_checker import check_env
 
-from sb3_dqs.multigoal import GOALS
+from sb3_dqs.envs.multigoal import GOALS
 
 
 def make(**kwargs):

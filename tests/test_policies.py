@@ -14,8 +14,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 
 from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_dqs.diffusion import SIGMA_DATA, find_mode, log_det_tanh, mode_latent
+from sb3_dqs.density import log_det_tanh
+from sb3_dqs.noise import SIGMA_DATA
 from sb3_dqs.policies import DQSPolicy
+from sb3_dqs.solvers import find_mode, mode_latent
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)

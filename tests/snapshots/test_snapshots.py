@@ -82,7 +82,9 @@ def record(name: str) -> dict[str, Any]:
     return {
         "early losses": losses[0],
         "late losses": losses[1],
-        "norms": [float(sum(p.detach().double().pow(2).sum() for p in net.parameters())) for net in (model.actor, model.critic)],
+        "norms": [
+            float(sum(p.detach().double().pow(2).sum() for p in net.parameters())) for net in (model.actor, model.critic)
+        ],
         "digest": hashlib.sha256(parameters.numpy().tobytes()).hexdigest()[:16],
     }
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection
 from itertools import pairwise
 
 import torch as th
+from torch.nn import functional as F
 
-from sb3_dqs.diffusion import SIGMA_MAX
+from sb3_dqs.noise import SIGMA_MAX
 
 # Step of the finite differences, in noise levels
 TRACE_STEP = 0.1
@@ -90,3 +91,15 @@ def flow_log_density(latents: th.Tensor, traces: dict[int, th.Tensor], levels: l
         mean_trace = (traces[step] + traces[next_step]) / 2
         log_density = log_density + (action_dim - mean_trace) * math.log(levels[step] / levels[next_step])
     return log_density + (action_dim - traces[steps[-1]]) / 2
+
+
+def log_det_tanh(unsquashed: th.Tensor) -> th.Tensor:
+    """
+    Log-determinant of the Jacobian of ``a = tanh(u)``, as in SAC (appendix C of Haarnoja et al. 2018,
+    https://arxiv.org/abs/1801.01290), in a form that does not underflow:
+    ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``.
+
+    :param unsquashed: u, shape (..., action_dim)
+    :return: its sum over the dimensions of the action, shape (...)
+    """
+    return 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed)).sum(dim=-1)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from sb3_dqs.diffusion import MAX_UNSQUASHED
+from sb3_dqs.solvers import MAX_UNSQUASHED
 
 LogDensity = Callable[[th.Tensor], th.Tensor]
 

@@ -84,4 +84,4 @@ def draw_goals(ax: Any) -> None:
         ax.add_patch(Circle(tuple(goal), GOAL_RADIUS, color="tab:red", alpha=0.4))
 
 
-gym.register("sb3_dqs/MultiGoal-v0", entry_point="sb3_dqs.multigoal:MultiGoalEnv", max_episode_steps=30)
+gym.register("sb3_dqs/MultiGoal-v0", entry_point="sb3_dqs.envs.multigoal:MultiGoalEnv", max_episode_steps=30)
