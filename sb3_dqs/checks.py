@@ -14,10 +14,12 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
+from sb3_dqs.critics import Critic
+from sb3_dqs.denoiser_targets import DENOISER_TARGETS, DenoiserTarget
+from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.policies import DQSPolicy, MultiInputPolicy
 from sb3_dqs.temperature import make_temperature
 
-SCORE_TARGETS = ("posterior_mean", "energy_gradient")
 BACKUPS = ("soft", "hard")
 
 
@@ -42,6 +44,10 @@ def _is_train_freq(value: Any) -> bool:
     return is_int(frequency, 1) and getattr(unit, "value", unit) in ("step", "episode")  # the unit of SB3 is an Enum
 
 
+def _is_critic_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Critic) and not inspect.isabstract(value)
+
+
 # Argument: (test, what it must be)
 ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: callable(v) or _is_real(v, 0), "a number >= 0 or a function of the remaining progress"),
@@ -56,9 +62,13 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
     "sde_sample_freq": (lambda v: v == -1 or is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
     "n_mc_samples": (lambda v: is_int(v, 2), "an integer >= 2"),
+    "n_draws": (lambda v: is_int(v, 1), "an integer >= 1"),
     "policy_delay": (lambda v: is_int(v, 1), "an integer >= 1"),
-    "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
-    "score_target": (lambda v: v in SCORE_TARGETS, f"one of {SCORE_TARGETS}"),
+    "denoiser_target": (
+        lambda v: isinstance(v, DenoiserTarget) or (isinstance(v, str) and v in DENOISER_TARGETS),
+        f"one of {tuple(DENOISER_TARGETS)} or a DenoiserTarget",
+    ),
+    "augmentation": (lambda v: v is None or isinstance(v, nn.Module), "None or a torch.nn.Module"),
     "backup": (lambda v: v in BACKUPS, f"one of {BACKUPS}"),
     "compile": (lambda v: isinstance(v, bool), "True or False"),
     "train_freq": (_is_train_freq, 'an integer >= 1, or a tuple such as (5, "step") or (2, "episode")'),
@@ -70,6 +80,13 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
+    "critic_class": (_is_critic_class, "a subclass of sb3_dqs.critics.Critic with its three methods"),
+    "critic_kwargs": (lambda v: v is None or isinstance(v, dict), "a dictionary or None"),
+    "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
+    "noise": (lambda v: v is None or isinstance(v, NoiseLevels), "None or a NoiseLevels of sb3_dqs.noise"),
+    "solver": (callable, "a function, see sb3_dqs.solvers"),
+    "n_frequencies": (lambda v: is_int(v, 1), "an integer >= 1"),
+    "std_update_rate": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
     "n_critics": (lambda v: is_int(v, 1), "an integer >= 1"),
     "best_of_n_by_q": (lambda v: v is None or is_int(v, 1), "None or an integer >= 1"),
     "share_features_extractor": (lambda v: isinstance(v, bool), "True or False"),
@@ -86,7 +103,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     """
     for name, (is_valid, requirement) in ARGUMENT_CHECKS.items():
         if name in arguments and not is_valid(arguments[name]):
-            raise ValueError(f"{name}={arguments[name]!r} will not do: it must be {requirement}.")
+            raise ValueError(f"`{name}` must be {requirement}, got {arguments[name]!r}.")
     if "ent_coef" in arguments:
         temperature = make_temperature(arguments["ent_coef"])
         for progress_remaining in (1.0, 0.0):
@@ -95,7 +112,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     policy_kwargs = arguments.get("policy_kwargs") or {}
     for name, (is_valid, requirement) in POLICY_KWARGS_CHECKS.items():
         if name in policy_kwargs and not is_valid(policy_kwargs[name]):
-            raise ValueError(f"policy_kwargs: {name}={policy_kwargs[name]!r} will not do: it must be {requirement}.")
+            raise ValueError(f"policy_kwargs: `{name}` must be {requirement}, got {policy_kwargs[name]!r}.")
 
 
 def check_learning_rate(learning_rate: float | Schedule) -> None:
@@ -164,12 +181,11 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             break
     known -= {"args", "kwargs", "observation_space", "action_space", "lr_schedule"}
-    of_dqs = {"diffusion_steps", "use_sde"}
     for name, value in policy_kwargs.items():
         if name not in known:
             raise ValueError(
                 f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; "
-                f"known are {', '.join(sorted(known - of_dqs))}."
+                f"known are {', '.join(sorted(known - {'use_sde'}))}."
             )
 
 

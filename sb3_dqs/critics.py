@@ -1,43 +1,77 @@
-"""Critics."""
+"""
+What ``DQS.train()`` asks of a critic, and the twin networks of SAC and TD3.
+
+A critic of your own is a :class:`Critic`; pass its class as ``policy_kwargs=dict(critic_class=...)``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch as th
-from stable_baselines3.common.policies import ContinuousCritic
-from torch import nn
+from stable_baselines3.common.policies import BaseModel, ContinuousCritic
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
-from sb3_dqs.fast import as_functions
+from sb3_dqs import fast
 
-# Rows that a critic values at once on a CPU (on this much memory traffic is small beside the products)
-CPU_CHUNK_ROWS = 512
+# From actions in [-1, 1], shape (batch_size, n_actions, action_dim), to values, shape (batch_size, n_actions)
+Energy = Callable[[th.Tensor], th.Tensor]
 
 
-class Critic(ContinuousCritic):
-    """SB3's critics, whose first can value many actions per state at the price of one pass of the features extractor."""
+class Critic(BaseModel, ABC):
+    """
+    The three methods of a critic. Its constructor takes what SB3's ``ContinuousCritic`` takes (``observation_space``,
+    ``action_space``, ``net_arch``, ``features_extractor``, ``features_dim``, ``activation_fn``, ``normalize_images``,
+    ``n_critics``, ``share_features_extractor``) and what ``policy_kwargs=dict(critic_kwargs=...)`` names.
+    """
 
-    def q1_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    optimizer: th.optim.Optimizer
+
+    @abstractmethod
+    def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
-        The values that define the policy: those of the first critic network alone, as for the actor of TD3 (Fujimoto et
-        al. 2018, https://arxiv.org/abs/1802.09477, Algorithm 1), for many actions per state. The first layer is computed
-        as a sum, the features' part once per state, the action's part once per action.
+        What the target is made of, asked of the target network at next states: the minimum of twins, kept quantiles, ...
 
-        :param features: what ``extract_features()`` returned, shape (batch_size, features_dim)
-        :param actions: actions in [-1, 1], shape (batch_size, n_actions, action_dim)
-        :return: shape (batch_size, n_actions)
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :return: shape (batch_size, m)
         """
-        q_net = self.q_networks[0]
-        assert isinstance(q_net, nn.Sequential)
-        first, *others = q_net
-        assert isinstance(first, nn.Linear)
-        layers = as_functions(others)
-        features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
-        features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
-        # On a CPU, small pieces stay in its cache; an exported graph is for batches of any size
-        is_chunked = features.device.type == "cpu" and not th.compiler.is_compiling()
-        chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if is_chunked else actions.shape[1]
-        values = []
-        for chunk in actions.split(chunk_size, dim=1):
-            hidden = F.linear(chunk, actions_weight).add_(features_part)
-            for layer in layers:
-                hidden = layer(hidden)
-            values.append(hidden)
-        return th.cat(values, dim=1).squeeze(2)
+
+    @abstractmethod
+    def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        Loss of the critic, with gradients.
+
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :param targets: ``r + gamma * (1 - done) * (backup_values - ent_coef * log pi)``, shape (batch_size, m)
+        :return: scalar
+        """
+
+    @abstractmethod
+    def energy(self, obs: PyTorchObs) -> Energy:
+        """
+        The values Q(s, a) that define the policy ``exp(Q / ent_coef)``, for many actions per state. In the actor's update the
+        critic is in evaluation mode.
+
+        :param obs: Observation
+        :return: differentiable function from actions in [-1, 1], shape (batch_size, n_actions, action_dim), to values of shape
+            (batch_size, n_actions); what depends on the observation alone is computed once
+        """
+
+
+class MlpCritic(ContinuousCritic, Critic):
+    """
+    SB3's critics as a :class:`Critic`: the targets are made of the minimum over the networks, as in SAC and TD3; the first
+    network alone defines the policy, as for the actor of TD3 (Fujimoto et al. 2018, https://arxiv.org/abs/1802.09477,
+    Algorithm 1).
+    """
+
+    def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        return th.cat(self(obs, actions), dim=1).min(dim=1, keepdim=True).values
+
+    def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values in self(obs, actions)]).sum()
+
+    def energy(self, obs: PyTorchObs) -> Energy:
+        return fast.energy(self.q_networks[0], self.extract_features(obs, self.features_extractor))

@@ -1,132 +1,133 @@
 """
-Estimators of the denoiser's regression target under the Boltzmann distribution of the critic,
-``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)`` on the box [-1, 1]^d: the posterior mean ``E[u | x]`` of an unsquashed action
-u (``a = tanh(u)``) given its noisy copy ``x = u + sigma * eps``, that is the mean of ``p(u|x) ~ pi(u|s) N(u; x, sigma^2)``.
+What the denoiser regresses on: estimators of ``E[u | x]`` under the Boltzmann distribution of the critic,
+``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)`` on the box [-1, 1]^d, of an unsquashed action u (``a = tanh(u)``) given its noisy
+copy ``x = u + sigma * eps``: the mean of ``p(u|x) ~ pi(u|s) N(u; x, sigma^2)``.
 
-Pure functions of tensors: the critic comes in as ``log_density(u) = Q(s, tanh(u)) / ent_coef + log det d tanh(u)/du``,
-from (n_states, n_actions, action_dim) to (n_states, n_actions).
+An estimator of your own is a :class:`DenoiserTarget`; pass an instance to ``DQS(denoiser_target=...)``.
 """
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
+from sb3_dqs.critics import Energy
+from sb3_dqs.density import log_det_tanh
+from sb3_dqs.observations import select
+from sb3_dqs.running_mean import RunningMean
 from sb3_dqs.solvers import MAX_UNSQUASHED
 
 LogDensity = Callable[[th.Tensor], th.Tensor]
 
-# Actions of the policy per state: their noisy copies share the candidates
-N_ANCHORS = 4
-# Spread of unsquashed actions, for proposals where the noise tells nothing. That of uniform actions is 0.91; twice that
-# reaches the corners of the box
-PRIOR_STD = 2.0
-# Effective sample sizes from which on the candidates are used in all states, and below which in none. (At most 4 K - 3
-# candidates have weight.)
-ENOUGH_SAMPLES = 4.0
-TOO_FEW_SAMPLES = 3.5
-# Share of the states in which candidates are weighed in any case, to know the effective sample size
-WEIGHED_SHARE = 1 / 8
-# Lengths in widths of p(u|x): a step is shortened by the factor that would bring the gradients at the other anchors to the
-# first on average, and then, if it is longer still, to the second
-COMMON_STEP = 3.0
-MAX_STEP = 12.0
 
-
-def posterior_mean(
-    log_density_of: Callable[[slice], LogDensity],
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-    n_samples: int,
-    n_pooled: int,
-) -> tuple[th.Tensor, th.Tensor]:
+@dataclass(frozen=True, eq=False)
+class Draws:
     """
-    ``E[u | x]`` by :func:`pooled_mean` in the first states, and in the others by :func:`gradient_step`. Both are right at the
-    Boltzmann distribution, so that their mixture hardly moves it; and which of the two does not depend on the mode.
+    Actions drawn from the policy, and their noisy copies, several per state.
 
-    :param log_density_of: some of the states -> log-density of u in these up to a constant, differentiable
-    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
-    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
-    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
-    :param sigma: noise levels, shape (n_states, n_anchors, 1)
-    :param policy_std: standard deviation of the policy, shape (action_dim,)
-    :param n_samples: number of values of the log-density per target of the first kind, at least 2
-    :param n_pooled: how many states are the first; see :func:`count_pooled`
-    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates in the first
-        states, but of an eighth of all at least, of shape (..., n_anchors, n_anchors * n_samples)
+    :param u: unsquashed actions, shape (n_states, n_draws, action_dim)
+    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_draws, action_dim)
+    :param sigma: noise levels, shape (n_states, n_draws, 1)
+    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_draws, action_dim)
+    :param std: standard deviation of u given the state, averaged over states, shape (action_dim,)
     """
-    n_weighed = max(n_pooled, math.ceil(WEIGHED_SHARE * len(x)))
-    first, others = slice(n_weighed), slice(n_pooled, None)
-    target, log_weights = pooled_mean(log_density_of(first), anchors[first], x[first], sigma[first], n_samples)
-    if n_pooled < len(x):
-        _, gradient = value_and_gradient(log_density_of(others), anchors[others])
-        step = gradient_step(gradient, anchors[others], denoised[others], x[others], sigma[others], policy_std)
-        target = th.cat([target[:n_pooled], step])
-    return target, log_weights
+
+    u: th.Tensor
+    x: th.Tensor
+    sigma: th.Tensor
+    denoised: th.Tensor
+    std: th.Tensor
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """The draws of some of the states."""
+        return Draws(self.u[rows], self.x[rows], self.sigma[rows], self.denoised[rows], self.std)
 
 
-def count_pooled(mean_ess: float, n_states: int) -> int:
+class BoltzmannDensity:
     """
-    In how many states to use :func:`pooled_mean`: in all while enough candidates have weight, and in none while too few
-    have. :func:`gradient_step` sharpens the modes and leaves their shares as they are; too few candidates do not: the
-    largest mode, which has most of them, takes all.
+    Log-density of unsquashed actions under the Boltzmann distribution, up to a constant per state:
+    ``log pi(u|s) = Q(s, tanh(u)) / ent_coef + log det d tanh(u)/du``. Calling it with u of shape (n_states, n, action_dim)
+    gives shape (n_states, n), differentiable; indexing it gives the density of some of the states.
 
-    :param mean_ess: mean of the effective sample size over the last updates
-    :param n_states: number of states
-    :return: number of states
+    :param energy: :meth:`sb3_dqs.critics.Critic.energy`
+    :param obs: observations of n_states states
+    :param ent_coef: temperature
     """
-    share = (mean_ess - TOO_FEW_SAMPLES) / (ENOUGH_SAMPLES - TOO_FEW_SAMPLES)
-    return round(n_states * min(max(share, 0), 1))
+
+    def __init__(self, energy: Callable[[PyTorchObs], Energy], obs: PyTorchObs, ent_coef: th.Tensor | float):
+        self.energy, self.obs, self.ent_coef = energy, obs, ent_coef
+        self._values: Energy | None = None
+
+    def __call__(self, u: th.Tensor) -> th.Tensor:
+        if self._values is None:
+            with th.no_grad():
+                self._values = self.energy(self.obs)
+        return self._values(th.tanh(u)) / self.ent_coef + log_det_tanh(u)
+
+    def __getitem__(self, rows: slice) -> "BoltzmannDensity":
+        return BoltzmannDensity(self.energy, select(self.obs, rows), self.ent_coef)
 
 
-def pooled_mean(
-    log_density: LogDensity, anchors: th.Tensor, x: th.Tensor, sigma: th.Tensor, n_samples: int
-) -> tuple[th.Tensor, th.Tensor]:
+class DenoiserTarget(nn.Module):
+    """
+    An estimator of ``E[u | x]``. Its knobs are attributes; what it remembers from update to update are buffers, which are
+    saved with the model.
+    """
+
+    def forward(self, density: BoltzmannDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Called once per update of the actor, without gradients, with the critic in evaluation mode.
+
+        :param density: log-density of u, up to a constant per state
+        :param draws: the draws x of which need a target
+        :return: targets, shape (n_states, n_draws, action_dim), and scalars to log, by name
+        """
+        raise NotImplementedError
+
+
+class PooledMean(DenoiserTarget):
     """
     ``E[u | x]`` by iterated sampling-importance-resampling (i-SIR; Andrieu, Lee and Vihola 2018,
     https://arxiv.org/abs/1312.6432) with one pool of candidates per state: the mean of candidates weighted by
     ``p(u|x) / q(u)``. Every noisy copy proposes some, from :func:`broad_proposal`, and all copies of the state use them
-    all: with noise levels that differ, some of the pool are close to what the policy has and others find what it has
-    lost. q is the mixture of these distributions (the balance heuristic of Veach and Guibas 1995,
-    https://doi.org/10.1145/218380.218498). One more candidate is the action that x was made from (the anchor).
+    all: copies with little noise propose near the policy's actions, copies with much noise propose everywhere. q is the
+    mixture of these distributions (the balance heuristic of Veach and Guibas 1995,
+    https://doi.org/10.1145/218380.218498). One more candidate is u itself.
 
-    If the anchors are distributed as pi, then the anchor is a draw from p(u|x), and few samples hardly move the fixed
-    point (not at all, if candidates were drawn independently from the mixture; here each component gives its share).
+    If u is distributed as pi, then u is a draw from p(u|x), and few samples hardly move the fixed point (not at all if
+    candidates were drawn independently from the mixture; here each component gives its share).
 
-    :param log_density: log-density of u up to a constant
-    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
-    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
-    :param sigma: noise levels, shape (n_states, n_anchors, 1)
-    :param n_samples: number of values of ``log_density`` per target: one anchor, and the others proposed
-    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the candidates, of shape
-        (n_states, n_anchors, n_anchors * n_samples), those of the other anchors minus infinity
+    :param n_samples: number of values of the log-density per target: u and the others proposed, at least 2
+    :param prior_std: width of the proposals where the noise tells nothing. Uniform actions have 0.91 before the tanh; twice
+        that reaches the corners of the box
     """
-    n_states, n_anchors, action_dim = x.shape
-    center, width = broad_proposal(x, sigma)
-    noise = th.randn(n_states, n_anchors, n_samples - 1, action_dim, device=x.device)
-    proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
-    candidates = th.cat([anchors, proposals.flatten(1, 2)], dim=1)
 
-    log_proposal = th.logsumexp(log_normal(candidates, center, width) - action_dim * width.log(), dim=1)
-    log_weights = (log_density(candidates) - log_proposal).unsqueeze(1) + log_normal(candidates, x, sigma)
-    # Of the anchors only that of x itself is a draw from p(u|x)
-    is_foreign = ~th.eye(n_anchors, dtype=th.bool, device=x.device)
-    log_weights[:, :, :n_anchors].masked_fill_(is_foreign, -math.inf)
-    log_weights = th.log_softmax(log_weights, dim=2)
-    return log_weights.exp() @ candidates, log_weights
+    def __init__(self, n_samples: int = 12, prior_std: float = 2.0):
+        super().__init__()
+        self.n_samples, self.prior_std = n_samples, prior_std
+
+    def forward(self, density: LogDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        u, x, sigma = draws.u, draws.x, draws.sigma
+        n_states, n_draws, action_dim = x.shape
+        center, width = broad_proposal(x, sigma, self.prior_std)
+        noise = th.randn(n_states, n_draws, self.n_samples - 1, action_dim, device=x.device)
+        proposals = center.unsqueeze(2) + width.unsqueeze(2) * noise
+        candidates = th.cat([u, proposals.flatten(1, 2)], dim=1)
+
+        log_proposal = th.logsumexp(log_normal(candidates, center, width) - action_dim * width.log(), dim=1)
+        log_weights = (density(candidates) - log_proposal).unsqueeze(1) + log_normal(candidates, x, sigma)
+        # Of the draws only that of x itself is a draw from p(u|x)
+        is_foreign = ~th.eye(n_draws, dtype=th.bool, device=x.device)
+        log_weights[:, :, :n_draws].masked_fill_(is_foreign, -math.inf)
+        log_weights = th.log_softmax(log_weights, dim=2)
+        return log_weights.exp() @ candidates, {"ess": effective_sample_size(log_weights).mean()}
 
 
-def gradient_step(
-    gradient: th.Tensor,
-    anchors: th.Tensor,
-    denoised: th.Tensor,
-    x: th.Tensor,
-    sigma: th.Tensor,
-    policy_std: th.Tensor,
-) -> th.Tensor:
+class GradientStep(DenoiserTarget):
     """
     The denoiser's answer D, moved along the gradient of the energy at one action of the policy: ``D + r^2 g`` with
 
@@ -134,73 +135,155 @@ def gradient_step(
 
     r being the width that p(u|x) would have for a Gaussian policy. If the policy is the Boltzmann distribution, the mean
     of g given x is zero for any number of modes: the first two terms by Stein's identity (target score matching;
-    De Bortoli et al. 2024, https://arxiv.org/abs/2402.08667), the third because D is the mean of u, and there it serves as
-    a control variate that removes the noise of the first for a Gaussian policy.
+    De Bortoli et al. 2024, https://arxiv.org/abs/2402.08667), the third because D is the mean of u. The third is a control
+    variate that removes the noise of the first for a Gaussian policy.
 
     Averaged over states that a network cannot tell apart, means of p(u|x) make a policy as broad as all of them together;
     averaged gradients make it narrow, as in SAC.
 
-    :param gradient: of log pi at the anchors, shape (n_states, n_anchors, action_dim)
-    :param anchors: unsquashed actions u drawn from the policy, shape (n_states, n_anchors, action_dim)
-    :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_anchors, action_dim)
-    :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_anchors, action_dim)
-    :param sigma: noise levels, shape (n_states, n_anchors, 1)
-    :param policy_std: standard deviation of the policy, shape (action_dim,)
-    :return: targets of shape (n_states, n_anchors, action_dim)
+    :param common_step: a step is shortened by the factor that would bring the gradients at the other draws of the state to
+        this length on average, in units of r. Steep energies need a limit; this one leaves the mean of the steps zero,
+        because the gradients at the other draws, given x, do not depend on u
+    :param max_step: a step that is longer still is shortened to this, in units of r
     """
-    width = sigma * policy_std / (sigma**2 + policy_std**2).sqrt()
-    # The policy is one Gaussian, if ever, only as seen through noise below its own width
-    precision = (sigma < policy_std) / policy_std**2
-    step = width * (gradient + (x - denoised) / sigma**2 + precision * (anchors - denoised))
-    # Steep energies throw the policy about, hence a limit. A limit of each step by its own length would move their mean from
-    # zero; the gradients at the other anchors, given x, know nothing of this one
-    squares = gradient.clamp(-1e15, 1e15).pow(2)  # finite
-    others = (squares.sum(dim=1, keepdim=True) - squares) / max(x.shape[1] - 1, 1)
-    step = step * (COMMON_STEP / (width**2 * others).sum(dim=2, keepdim=True).sqrt()).clamp(max=1)
-    return denoised + width * step * (MAX_STEP / step.norm(dim=2, keepdim=True)).clamp(max=1)
+
+    def __init__(self, common_step: float = 3.0, max_step: float = 12.0):
+        super().__init__()
+        self.common_step, self.max_step = common_step, max_step
+
+    def forward(self, density: LogDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        u, x, sigma, denoised, std = draws.u, draws.x, draws.sigma, draws.denoised, draws.std
+        _, gradient = value_and_gradient(density, u)
+        width = sigma * std / (sigma**2 + std**2).sqrt()
+        # The policy is one Gaussian, if ever, only as seen through noise below its own width
+        precision = (sigma < std) / std**2
+        step = width * (gradient + (x - denoised) / sigma**2 + precision * (u - denoised))
+        squares = gradient.clamp(-1e15, 1e15).pow(2)  # finite
+        others = (squares.sum(dim=1, keepdim=True) - squares) / max(x.shape[1] - 1, 1)
+        step = step * (self.common_step / (width**2 * others).sum(dim=2, keepdim=True).sqrt()).clamp(max=1)
+        return denoised + width * step * (self.max_step / step.norm(dim=2, keepdim=True)).clamp(max=1), {}
 
 
-def energy_gradient(log_density: LogDensity, x: th.Tensor, sigma: th.Tensor, n_samples: int) -> tuple[th.Tensor, th.Tensor]:
+class PosteriorMean(DenoiserTarget):
+    """
+    :class:`PooledMean` in some states and :class:`GradientStep` in the others: both are right at the Boltzmann distribution,
+    so that their mixture hardly moves it, and which of the two does not depend on the mode. At a mean effective sample size
+    of ``enough_samples`` or more every state uses the pooled mean, at ``too_few_samples`` or less every state uses the
+    gradient step; the share is linear in between. The gradient step sharpens the modes and leaves their shares as they are;
+    with too few effective candidates the pooled mean does not: the largest mode, which has most of them, takes all.
+
+    :param n_samples: see :class:`PooledMean`
+    :param enough_samples: effective sample size, of at most ``n_draws * (n_samples - 1) + 1``
+    :param too_few_samples: effective sample size, below ``enough_samples``
+    :param weighed_share: share of the states in which candidates are valued in any case, to know the effective sample size
+    :param ess_update_rate: rate of the running mean of the effective sample size
+    :param pooled: the estimator of the first states
+    :param gradient: the estimator of the other states
+    """
+
+    def __init__(
+        self,
+        n_samples: int = 12,
+        enough_samples: float = 4.0,
+        too_few_samples: float = 3.5,
+        weighed_share: float = 1 / 8,
+        ess_update_rate: float = 0.05,
+        pooled: DenoiserTarget | None = None,
+        gradient: DenoiserTarget | None = None,
+    ):
+        super().__init__()
+        self.enough_samples, self.too_few_samples = enough_samples, too_few_samples
+        self.weighed_share = weighed_share
+        self.pooled = pooled or PooledMean(n_samples)
+        self.gradient = gradient or GradientStep()
+        self.mean_ess = RunningMean(enough_samples, ess_update_rate)
+
+    def count_pooled(self, n_states: int) -> int:
+        """
+        In how many states to use the pooled mean.
+
+        :param n_states: number of states
+        :return: number of states
+        """
+        share = (float(self.mean_ess.value) - self.too_few_samples) / (self.enough_samples - self.too_few_samples)
+        return round(n_states * min(max(share, 0), 1))
+
+    def forward(self, density: BoltzmannDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        n_states = len(draws.u)
+        n_pooled = self.count_pooled(n_states)
+        weighed, others = slice(max(n_pooled, math.ceil(self.weighed_share * n_states))), slice(n_pooled, None)
+        targets, metrics = self.pooled(density[weighed], draws[weighed])
+        if n_pooled < n_states:
+            steps, _ = self.gradient(density[others], draws[others])
+            targets = th.cat([targets[:n_pooled], steps])
+        self.mean_ess.update(metrics["ess"])
+        return targets, metrics
+
+
+class EnergyGradient(DenoiserTarget):
     """
     ``E[u | x]`` as in the paper: by Tweedie's formula from the gradient of a Monte Carlo estimate of the noised density,
     ``x + sigma^2 * grad_x log mean_k pi(u_k)`` with ``u_k ~ N(x, sigma^2)``
     (Akhound-Sadegh et al. 2024, https://arxiv.org/abs/2402.06121, equation (8); Jain et al. 2025,
     https://arxiv.org/abs/2410.01312). Here of unsquashed actions, with the log-determinant of the squashing, which the
-    public code of the paper leaves out; and with the samples drawn from the product of N(x, sigma^2) and a broad normal
-    prior, by which they are divided again, because at high noise few of the former would be near the policy.
+    public code of the paper leaves out. The samples are drawn from the product of N(x, sigma^2) and a broad normal prior, by
+    which they are divided again, because at high noise few samples of N(x, sigma^2) would be near the policy.
 
-    :param log_density: log-density of u up to a constant, differentiable
-    :param x: noisy actions, shape (n_states, n_anchors, action_dim)
-    :param sigma: noise levels, shape (n_states, n_anchors, 1)
-    :param n_samples: number of Monte Carlo samples K
-    :return: targets of shape (n_states, n_anchors, action_dim), and normalised log-weights of the samples, of shape
-        (n_states, n_anchors, n_samples)
+    :param n_samples: number of Monte Carlo samples K; 1000 in the paper
+    :param prior_std: see :class:`PooledMean`
     """
-    noise = th.randn(*x.shape[:2], n_samples, x.shape[2], device=x.device)
-    with th.enable_grad():
-        x = x.detach().requires_grad_(True)
-        center, width = broad_proposal(x, sigma)
-        samples = center.unsqueeze(2) + width.unsqueeze(2) * noise
-        log_weights = log_density(samples.flatten(1, 2)).reshape(noise.shape[:3])
-        log_weights = log_weights + (samples / PRIOR_STD).pow(2).sum(dim=3) / 2
-        (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=2).sum(), x)
-    x = x.detach()
-    # The noised prior, N(0, prior_std^2 + sigma^2), in front of the mean
-    score = score - x / (PRIOR_STD**2 + sigma**2)
-    target = (x + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
-    return target, th.log_softmax(log_weights.detach(), dim=2)
+
+    def __init__(self, n_samples: int = 1000, prior_std: float = 2.0):
+        super().__init__()
+        self.n_samples, self.prior_std = n_samples, prior_std
+
+    def forward(self, density: LogDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        x, sigma = draws.x, draws.sigma
+        noise = th.randn(*x.shape[:2], self.n_samples, x.shape[2], device=x.device)
+        with th.enable_grad():
+            x = x.detach().requires_grad_(True)
+            center, width = broad_proposal(x, sigma, self.prior_std)
+            samples = center.unsqueeze(2) + width.unsqueeze(2) * noise
+            log_weights = density(samples.flatten(1, 2)).reshape(noise.shape[:3])
+            log_weights = log_weights + (samples / self.prior_std).pow(2).sum(dim=3) / 2
+            (score,) = th.autograd.grad(th.logsumexp(log_weights, dim=2).sum(), x)
+        x = x.detach()
+        # The noised prior, N(0, prior_std^2 + sigma^2), in front of the mean
+        score = score - x / (self.prior_std**2 + sigma**2)
+        targets = (x + sigma**2 * score).clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+        return targets, {"ess": effective_sample_size(th.log_softmax(log_weights.detach(), dim=2)).mean()}
 
 
-def broad_proposal(x: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+DENOISER_TARGETS: dict[str, Callable[[int], DenoiserTarget]] = {
+    "posterior_mean": PosteriorMean,
+    "energy_gradient": EnergyGradient,
+}
+
+
+def make_denoiser_target(denoiser_target: str | DenoiserTarget, n_samples: int) -> DenoiserTarget:
+    """
+    Read ``denoiser_target``: a name of ``DENOISER_TARGETS``, or an estimator, which is copied.
+
+    :param denoiser_target: as the user gave it
+    :param n_samples: number of Monte Carlo samples of an estimator that is given by name
+    :return: the estimator
+    """
+    if isinstance(denoiser_target, DenoiserTarget):
+        return copy.deepcopy(denoiser_target)
+    return DENOISER_TARGETS[denoiser_target](n_samples)
+
+
+def broad_proposal(x: th.Tensor, sigma: th.Tensor, prior_std: float) -> tuple[th.Tensor, th.Tensor]:
     """
     Product of the noise N(x, sigma^2) and of a broad prior N(0, prior_std^2): a normal distribution that is near the policy
     also at high noise, where x itself lies far outside.
 
     :param x: noisy actions, shape (..., action_dim)
     :param sigma: noise levels, shape (..., 1)
+    :param prior_std: standard deviation of the prior
     :return: its mean, shape (..., action_dim), and its standard deviation, shape (..., 1)
     """
-    shrinkage = PRIOR_STD**2 / (PRIOR_STD**2 + sigma**2)
+    shrinkage = prior_std**2 / (prior_std**2 + sigma**2)
     return x * shrinkage, sigma * shrinkage.sqrt()
 
 

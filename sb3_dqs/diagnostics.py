@@ -19,8 +19,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_dqs.checks import is_int
 from sb3_dqs.denoiser_targets import effective_sample_size
-from sb3_dqs.dqs import DQS, slice_observations
-from sb3_dqs.policies import DQSPolicy
+from sb3_dqs.dqs import DQS
+from sb3_dqs.observations import select
+from sb3_dqs.policies import evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,7 +229,7 @@ class DiagnosticCallback(BaseCallback):
         self.logger.record("diagnostics/entropy_gap", diagnosis.entropy_gap)
         self.logger.record("diagnostics/ent_coef", _temperature(model))
         if self.log_figure:
-            figure = _plot(model, slice_observations(obs, slice(0, 1)), self.dims, n_actions=1000)
+            figure = _plot(model, select(obs, slice(0, 1)), self.dims, n_actions=1000)
             exclude = ("stdout", "log", "json", "csv")
             self.logger.record("diagnostics/policy", LoggedFigure(figure, close=False), exclude=exclude)
         # As EvalCallback, so that each diagnosis is written, with its own step
@@ -403,11 +404,11 @@ def _policy_and_density(model: DQS, obs: PyTorchObs, n_actions: int) -> tuple[th
     """
     actor, critic, ent_coef = model.actor, model.critic, _temperature(model)
     latents = th.randn(n_actions, actor.action_dim, device=model.device)  # also with use_sde: its held noise is one draw
-    actions = actor.sample(actor.embed(obs), latents).double()
-    features = critic.extract_features(obs, critic.features_extractor)
+    actions = th.tanh(actor.sample(actor.embed(obs), latents)).double()
+    energy = critic.energy(obs)
 
     def log_density(candidates: th.Tensor) -> th.Tensor:
-        return critic.q1_values(features, candidates.float().unsqueeze(0)).squeeze(0).double() / ent_coef
+        return energy(candidates.float().unsqueeze(0)).squeeze(0).double() / ent_coef
 
     return actions, log_density
 
@@ -416,7 +417,7 @@ def _diagnose(model: DQS, obs: PyTorchObs, n_actions: int) -> Diagnosis:
     distances, shares, policy_entropies, boltzmann_entropies = [], [], [], []
     with evaluation_mode(model.policy), th.no_grad():
         for index in range(_length(obs)):  # one by one, so that the memory does not depend on the number of states
-            state = slice_observations(obs, slice(index, index + 1))
+            state = select(obs, slice(index, index + 1))
             actions, log_density = _policy_and_density(model, state, n_actions)
             _, log_weights, entropy = importance_sample(log_density, actions[:N_CENTERS], N_CANDIDATES)
             if actions.shape[1] in GRID_CELLS:
@@ -493,21 +494,6 @@ def _draw_map(ax: "Axes", actions: th.Tensor, log_density: LogDensity, dims: tup
 
 
 # State that is put back
-
-
-@contextlib.contextmanager
-def evaluation_mode(policy: DQSPolicy) -> Iterator[None]:
-    """
-    Evaluation mode inside, the former one afterwards.
-
-    :param policy: the policy
-    """
-    was_training = policy.training
-    policy.set_training_mode(False)
-    try:
-        yield
-    finally:
-        policy.set_training_mode(was_training)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch import nn
 from torch.nn import functional as F
 
+from sb3_dqs import fast
 from sb3_dqs.actor import Actor
 from sb3_dqs.checks import (
     check_arguments,
@@ -26,23 +28,10 @@ from sb3_dqs.checks import (
     make_checked_env,
 )
 from sb3_dqs.critics import Critic
-from sb3_dqs.denoiser_targets import (
-    ENOUGH_SAMPLES,
-    N_ANCHORS,
-    LogDensity,
-    count_pooled,
-    effective_sample_size,
-    energy_gradient,
-    posterior_mean,
-)
-from sb3_dqs.density import log_det_tanh, trace_steps
-from sb3_dqs.fast import Compiled, has_fast_bfloat16
-from sb3_dqs.noise import edm_scalings, training_levels
-from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy
-from sb3_dqs.temperature import AutoTemperature, ScheduledTemperature, make_temperature
-
-# Rate of the running mean of the effective sample size
-ESS_UPDATE_RATE = 0.05
+from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, make_denoiser_target
+from sb3_dqs.observations import count, select
+from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode
+from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
@@ -82,7 +71,8 @@ class DQS(OffPolicyAlgorithm):
     :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the Q-value network.
     :param ent_coef: Temperature alpha of the policy. ``"auto"`` tunes it to reach ``target_entropy``
         (``"auto_0.1"`` from 0.1); a number fixes it; a function of the remaining progress (from 1 to 0), or
-        ``"log_linear_1.0_0.01"`` (the paper's anneal, from the first to the second number), schedules it.
+        ``"log_linear_1.0_0.01"`` (the paper's anneal, from the first to the second number), schedules it; a
+        :class:`sb3_dqs.temperature.Temperature` is used as it is.
     :param target_update_interval: update the target network every ``target_network_update_freq``
         gradient steps.
     :param target_entropy: target entropy when learning ``ent_coef`` (``ent_coef = 'auto'``), in nats, of the action
@@ -104,14 +94,17 @@ class DQS(OffPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_mc_samples: Number of Monte Carlo samples K of the score target, that is of actions that the critics value per
-        target
-    :param diffusion_steps: Number of steps of the reverse process, that is of denoiser calls per action
+    :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target, that is of actions that the critic values
+        per target, at least 2; larger is more accurate and slower
+    :param n_draws: Number of actions per state that the actor's update draws and noises; it uses ``batch_size / n_draws``
+        states, so that there is one regression target per transition
     :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
-    :param score_target: What the actor regresses on: ``"posterior_mean"``
-        (see :func:`sb3_dqs.denoiser_targets.posterior_mean`), or the paper's ``"energy_gradient"``
-        (see :func:`sb3_dqs.denoiser_targets.energy_gradient`)
+    :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
+        (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
+        (:class:`sb3_dqs.denoiser_targets.EnergyGradient`), or a :class:`sb3_dqs.denoiser_targets.DenoiserTarget`
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
+    :param augmentation: Module applied to the observations and to the next observations of a batch, once each, in training
+        only (random shifts of images, for instance)
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
         and the same files; the first steps take up to a minute more
     :raises ValueError: for an argument that cannot work, before anything is built; and during training when an
@@ -127,7 +120,8 @@ class DQS(OffPolicyAlgorithm):
     actor: Actor
     critic: Critic
     critic_target: Critic
-    temperature: ScheduledTemperature | AutoTemperature
+    temperature: Temperature
+    target_estimator: DenoiserTarget
 
     def __init__(
         self,
@@ -146,7 +140,7 @@ class DQS(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float | Schedule = "auto",
+        ent_coef: str | float | Schedule | Temperature = "auto",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
         use_sde: bool = False,
@@ -161,21 +155,17 @@ class DQS(OffPolicyAlgorithm):
         _init_setup_model: bool = True,
         *,
         n_mc_samples: int = 12,
-        diffusion_steps: int = 8,
+        n_draws: int = 4,
         policy_delay: int = 2,
-        score_target: str = "posterior_mean",
+        denoiser_target: str | DenoiserTarget = "posterior_mean",
         backup: str = "soft",
+        augmentation: nn.Module | None = None,
         compile: bool = False,
     ):
         check_arguments(locals())
         check_learning_rate(learning_rate)
-        wanted = (policy_kwargs or {}).get("diffusion_steps", diffusion_steps)
-        if wanted != diffusion_steps:
-            raise ValueError(
-                f"policy_kwargs: diffusion_steps={wanted!r} is an argument of DQS: DQS(..., diffusion_steps={wanted!r})."
-            )
         if env is None and _init_setup_model:
-            raise ValueError("env=None will not do: pass an environment or its name.")
+            raise ValueError("`env` must be an environment or its name, got None.")
         super().__init__(
             policy,
             make_checked_env(env, verbose),  # type: ignore[arg-type]  # None when loading
@@ -192,7 +182,7 @@ class DQS(OffPolicyAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
-            policy_kwargs=dict(policy_kwargs or {}),  # a copy: SB3 adds to it
+            policy_kwargs=dict(policy_kwargs or {}),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -204,16 +194,19 @@ class DQS(OffPolicyAlgorithm):
             support_multi_env=True,
         )
 
+        # As the user gave them: SB3 adds use_sde, which would not equal what load(policy_kwargs=...) is given
+        self.policy_kwargs = dict(policy_kwargs or {})
+
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
         self.n_mc_samples = n_mc_samples
-        self.diffusion_steps = diffusion_steps
+        self.n_draws = n_draws
         self.policy_delay = policy_delay
-        self.score_target = score_target
+        self.denoiser_target = denoiser_target
         self.backup = backup
+        self.augmentation = augmentation
         self.compile = compile
-        self.mean_ess = ENOUGH_SAMPLES
 
         if _init_setup_model:
             self._setup_model()
@@ -221,8 +214,9 @@ class DQS(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_policy(self.policy_class, self.policy_kwargs, self.observation_space)
         check_arguments(vars(self))  # again, because loading can change them
-        self.policy_kwargs = {**self.policy_kwargs, "diffusion_steps": self.diffusion_steps}
+        policy_kwargs, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "use_sde": self.use_sde}
         super()._setup_model()
+        self.policy_kwargs = policy_kwargs
         self._create_aliases()
         # Running mean and running var
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
@@ -231,153 +225,121 @@ class DQS(OffPolicyAlgorithm):
             self.target_entropy = -float(self.actor.action_dim)
         else:
             self.target_entropy = float(self.target_entropy)
-        self.sampling_dtype = th.bfloat16 if has_fast_bfloat16(self.device) else None
-        self.temperature = make_temperature(self.ent_coef)
+        self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         if isinstance(self.temperature, AutoTemperature):
-            self.temperature.to(self.device)
             check_target_entropy(self.target_entropy, self.actor.action_dim)
+        self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
+        if self.augmentation is not None:
+            self.augmentation.to(self.device)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        self.compiled_sampler = Compiled(self.actor.sample_with_log_prob) if self.compile else None
+        self.actor.training_dtype = fast.training_dtype(self.device)
+        if self.compile:
+            fast.compile_sampler(self.actor)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        # Update learning rate according to lr schedule (the temperature has no optimizer, and takes it at every step)
+        # Update learning rate according to lr schedule (the temperature is given it at every step)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         learning_rate = self.lr_schedule(self._current_progress_remaining)
 
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
 
-        sample_with_log_prob = self.compiled_sampler or self.actor.sample_with_log_prob
-        backup_steps = trace_steps(self.diffusion_steps)
-        # One regression target per transition
-        n_states = min(batch_size, max(2, math.ceil(batch_size / N_ANCHORS)))  # batch norm needs two
-
-        for gradient_step in range(gradient_steps):
+        for _ in range(gradient_steps):
             # Sample replay buffer
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            obs, next_obs = replay_data.observations, replay_data.next_observations
+            if self.augmentation is not None:
+                obs, next_obs = self.augmentation(obs), self.augmentation(next_obs)
             # For n-step replay, discount factor is gamma**n_steps (when no early termination)
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             ent_coef = self.temperature(self._current_progress_remaining)
 
-            # Draw actions of the current policy: one per next state for the critics and, when the actor learns, too, several
-            # per state for it
-            is_actor_update = (self._n_updates + gradient_step) % self.policy_delay == 0
+            # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s')
             with th.no_grad():
-                embeddings = self.actor.embed(replay_data.next_observations)
-            if is_actor_update:
-                observations = slice_observations(replay_data.observations, slice(n_states))
-                embedding = self.actor.embed(observations).unsqueeze(1)
-                embeddings = th.cat([embeddings, embedding.detach().expand(-1, N_ANCHORS, -1).flatten(0, 1)])
-            with th.no_grad():
-                latents = th.randn(len(embeddings), self.actor.action_dim, device=self.device)
-                actions, next_log_prob = sample_with_log_prob(
-                    embeddings, latents, backup_steps, n_log_probs=batch_size, dtype=self.sampling_dtype
-                )
-                next_actions, anchors = th.tanh(actions[:batch_size]), actions[batch_size:]
-                entropy = -next_log_prob.mean()
-
-                # Compute the next Q values: min over all critics targets
-                next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
-                next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
+                next_actions, next_log_prob = self.actor.action_log_prob(next_obs)
+                next_values = self.critic_target.backup_values(next_obs, next_actions)
                 if self.backup == "soft":
                     # add entropy term
-                    next_q_values = next_q_values - ent_coef * next_log_prob.reshape(-1, 1)
-                target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
-
-            # Optimize the critics
-            current_q_values = self.critic(replay_data.observations, replay_data.actions)
-            critic_loss = 0.5 * sum(F.mse_loss(current_q, target_q_values) for current_q in current_q_values)
-            assert isinstance(critic_loss, th.Tensor)  # for type checker
+                    next_values = next_values - ent_coef * next_log_prob.unsqueeze(1)
+                targets = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
+            critic_loss = self.critic.loss(obs, replay_data.actions, targets)
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            if is_actor_update:
-                # Noise the actions, denoise them, and estimate what the denoiser should have answered: E[u | x] under
-                # exp(Q / ent_coef)
-                anchors = anchors.reshape(n_states, N_ANCHORS, -1)
-                sigma = training_levels(n_states, N_ANCHORS, self.device)
-                noisy_actions = anchors + sigma * th.randn_like(anchors)
-                denoised = self.actor.denoise(embedding, noisy_actions, sigma)
-                with th.no_grad():
-                    target, log_weights = self._score_target(observations, anchors, denoised, noisy_actions, sigma, ent_coef)
-
-                # Optimize the actor; the errors are of unit scale at every noise level (Karras et al. 2022, section 5)
-                c_out = edm_scalings(sigma)[1]
-                actor_loss = F.mse_loss(denoised / c_out, target / c_out)
+            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  u ~ pi(.|s),  x = u + sigma eps
+            if self._n_updates % self.policy_delay == 0:
+                actor_loss, metrics = self.actor_loss(obs, ent_coef)
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
-                self.actor.update_std(anchors - denoised.detach(), sigma)
                 logs["actor_loss"].append(actor_loss.detach())
-                logs["ess"].append(effective_sample_size(log_weights).mean())
+                for name, value in metrics.items():
+                    logs[name].append(value)
 
-            # Optimize the temperature
-            if isinstance(self.temperature, AutoTemperature):
-                ent_coef_loss = self.temperature.update(entropy, self.target_entropy, self.actor.action_dim, learning_rate)  # type: ignore[arg-type]
+            # Temperature: entropy -> target_entropy
+            entropy = -next_log_prob.mean()
+            ent_coef_loss = self.temperature.update(entropy, learning_rate)
+            if ent_coef_loss is not None:
                 logs["ent_coef_loss"].append(ent_coef_loss)
+            logs["ent_coef"].append(ent_coef)
+            logs["entropy"].append(entropy)
 
-            # Update target networks
-            if gradient_step % self.target_update_interval == 0:
-                with th.no_grad():
-                    # As polyak_update(), in one pass over the memory instead of two
-                    th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+            # Target networks
+            if self._n_updates % self.target_update_interval == 0:
+                fast.update_target(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 # Copy running stats, see SB3's issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-            logs["ent_coef"].append(th.as_tensor(ent_coef, device=self.device))
-            logs["entropy"].append(entropy)
-
-        self._n_updates += gradient_steps
+            self._n_updates += 1
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        means = th.stack([th.stack(values).mean() for values in logs.values()]).tolist()  # one transfer from a GPU
-        for (name, values), mean in zip(logs.items(), means, strict=True):
-            check_finite(f"train/{name}", mean, self.num_timesteps)
-            self.logger.record(f"train/{name}", mean)
-            if name == "ess":
-                self.mean_ess += (1 - (1 - ESS_UPDATE_RATE) ** len(values)) * (mean - self.mean_ess)
+        if logs:
+            # One transfer from a GPU
+            means = th.stack([th.stack(values).mean().to(self.device) for values in logs.values()]).tolist()
+            for name, mean in zip(logs, means, strict=True):
+                check_finite(f"train/{name}", mean, self.num_timesteps)
+                self.logger.record(f"train/{name}", mean)
 
-    def _score_target(
-        self,
-        obs: PyTorchObs,
-        anchors: th.Tensor,
-        denoised: th.Tensor,
-        noisy_actions: th.Tensor,
-        sigma: th.Tensor,
-        ent_coef: float | th.Tensor,
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        What the denoiser should answer: the posterior mean E[u | x] under ``exp(Q / ent_coef)``.
+        Loss of the actor, with gradients: its error as a denoiser of actions of its own, whose targets come from the critic.
+        Updates the running means of the actor and of the denoiser's target.
 
-        :param obs: Observation
-        :param anchors: unsquashed actions u of the policy, shape (n_states, n_anchors, action_dim)
-        :param denoised: what the denoiser answered, shape (n_states, n_anchors, action_dim)
-        :param noisy_actions: x, shape (n_states, n_anchors, action_dim)
-        :param sigma: noise levels, shape (n_states, n_anchors, 1)
+        :param obs: Observation; a share ``1 / n_draws`` of them, at random, is used
         :param ent_coef: temperature
-        :return: targets of shape (n_states, n_anchors, action_dim),
-            and the normalised log-weights of their samples, of shape (n_states or fewer, n_anchors, number of samples)
+        :return: the loss, 0-d, and scalars to log, by name
         """
-        features = self.critic.extract_features(obs, self.critic.features_extractor)
+        n_obs, n_draws = count(obs), self.n_draws
+        # As many targets as observations; batch normalisation needs two states
+        n_states = max(math.ceil(n_obs / n_draws), 2)
+        obs = select(obs, th.randperm(n_obs, device=self.device)[:n_states])
 
-        def log_density_of(states: slice) -> LogDensity:
-            def log_density(unsquashed: th.Tensor) -> th.Tensor:
-                return self.critic.q1_values(features[states], th.tanh(unsquashed)) / ent_coef + log_det_tanh(unsquashed)
+        # Draw actions u, and noise them
+        embedding = self.actor.embed(obs).unsqueeze(1)
+        with th.no_grad():
+            latents = th.randn(len(embedding), n_draws, self.actor.action_dim, device=self.device)
+            u = self.actor.training_sample(embedding, latents)
+            sigma = self.actor.noise.training(len(u), n_draws, self.device)
+            x = u + sigma * th.randn_like(u)
 
-            return log_density
+        # Denoise them, and estimate what the answer should have been
+        denoised = self.actor.denoise(embedding, x, sigma)
+        with th.no_grad(), evaluation_mode(self.critic):
+            density = BoltzmannDensity(self.critic.energy, obs, ent_coef)
+            draws = Draws(u, x, sigma, denoised.detach(), self.actor.get_std())
+            targets, metrics = self.target_estimator(density, draws)
+        self.actor.update_std(u - denoised.detach(), sigma)
 
-        if self.score_target == "energy_gradient":
-            return energy_gradient(log_density_of(slice(None)), noisy_actions, sigma, self.n_mc_samples)
-        n_pooled = count_pooled(self.mean_ess, len(anchors))
-        std = self.actor.get_std()
-        return posterior_mean(log_density_of, anchors, denoised, noisy_actions, sigma, std, self.n_mc_samples, n_pooled)
+        # The errors are of unit scale at every noise level (Karras et al. 2022, section 5)
+        c_out = self.actor.noise.c_out(sigma)
+        return F.mse_loss(denoised / c_out, targets / c_out), metrics
 
     def learn(
         self: SelfDQS,
@@ -424,24 +386,22 @@ class DQS(OffPolicyAlgorithm):
     ) -> None:
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``). If they were saved with another kind of ``ent_coef`` (tuned instead of given, or the
-        other way round), the temperature is not loaded, and stays what it is.
+        (see ``get_parameters``). What another kind of ``ent_coef`` or ``denoiser_target`` saved (tuned instead of given, for
+        instance) does not fit, and is left out.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
-        :param exact_match: if True, the given parameters should include parameters for each module (but for the
-            temperature) and each of their parameters, otherwise raises an Exception
+        :param exact_match: if True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception
         :param device: device on which the code should run
         """
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)
         else:
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-        params.pop("temperature.optimizer", None)  # in files of earlier versions
-        own = self.get_parameters()
-        if "temperature" not in own:
-            params.pop("temperature", None)
-        elif own.keys() - params.keys() == {"temperature"}:
-            params["temperature"] = own["temperature"]
+        for name in ("temperature", "target_estimator"):
+            own = getattr(self, name).state_dict()
+            if name in params and params[name].keys() != own.keys():
+                params[name] = own
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
@@ -450,23 +410,31 @@ class DQS(OffPolicyAlgorithm):
             "critic",
             "critic_target",
             "temperature",
-            "compiled_sampler",
-            "sampling_dtype",  # of the machine
+            "target_estimator",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
-        if isinstance(self.temperature, AutoTemperature):
-            state_dicts.append("temperature")
-        return state_dicts, []
+        return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"], []
 
+    # What pipelines of SAC read
 
-def slice_observations(obs: PyTorchObs, rows: slice) -> PyTorchObs:
-    """
-    Some of a batch of observations.
+    @property
+    def log_ent_coef(self) -> th.Tensor:
+        """Logarithm of a tuned temperature, 0-d."""
+        if not isinstance(self.temperature, AutoTemperature):
+            raise AttributeError(
+                f"`log_ent_coef` exists with ent_coef='auto' only, got ent_coef={self.ent_coef!r}: read `ent_coef_tensor`."
+            )
+        return self.temperature.log_ent_coef
 
-    :param obs: Observation
-    :param rows: which
-    :return: observations of the same kind
-    """
-    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
+    @property
+    def ent_coef_tensor(self) -> th.Tensor:
+        """The present temperature, 0-d."""
+        return self.temperature(self._current_progress_remaining)
+
+    @property
+    def ent_coef_optimizer(self) -> None:
+        """DQS has none."""
+        raise AttributeError(
+            "DQS has no `ent_coef_optimizer`: model.temperature.update() moves the temperature by gradient steps of its own."
+        )

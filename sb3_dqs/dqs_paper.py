@@ -9,7 +9,7 @@ import yaml
 from sb3_dqs.rl_zoo import get_hyperparams_path
 
 PAPER = {
-    "score_target": "energy_gradient",
+    "denoiser_target": "energy_gradient",
     "n_mc_samples": 1000,
     "policy_delay": 1,
     "backup": "hard",

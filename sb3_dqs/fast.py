@@ -1,54 +1,239 @@
-"""Speed."""
+"""
+Speed, and nothing else: every function here computes what a plain one computes, up to rounding, and calls the modules as they
+are where that is not certain: subclasses of ``nn.Linear`` and ``nn.ReLU``, hooks, quantised weights, a ``forward`` that was
+replaced. Inside ``with fast.disabled():`` all of them are plain.
+"""
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch as th
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+
+if TYPE_CHECKING:
+    from sb3_dqs.actor import Actor
+    from sb3_dqs.solvers import Denoiser
+
+Layer = Callable[[th.Tensor], th.Tensor]
+
+# CPU only: the critic is evaluated in chunks of this many rows, so that hidden activations stay in cache
+CPU_CHUNK_ROWS = 512
+# Layers that treat every row alike: chunks of rows change nothing
+ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Identity)
+ROWWISE = (nn.Linear, nn.LayerNorm, *ACTIVATIONS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{hooks}") for hooks in HOOKS)
+# th.Tensor: what torch.func puts in the place of parameters
+PLAIN_PARAMETERS = (nn.Parameter, th.Tensor, type(None))
+
+_is_disabled = False
 
 
-def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None) -> list[Callable[[th.Tensor], th.Tensor]]:
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Everything in plain code inside: to compare."""
+    global _is_disabled
+    before, _is_disabled = _is_disabled, True
+    try:
+        yield
+    finally:
+        _is_disabled = before
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """
-    What successive layers compute, as functions: ReLUs write into the output of the plain linear layer before them, plain
-    linear layers are in the given precision. Others, and those with hooks, are called as they are.
+    Whether a module computes what its class computes and nothing watches it.
+
+    :param module: the module
+    :param cls: its class; a subclass is not plain
+    :return: False for subclasses, hooks, a ``forward`` of its own, and parameters of special types (quantised ones)
+    """
+    if type(module) is not cls or _is_disabled:
+        return False
+    attributes = vars(module)
+    return (
+        "forward" not in attributes
+        and not any(attributes[hooks] for hooks in HOOKS)
+        and not any(GLOBAL_HOOKS)
+        and all(type(param) in PLAIN_PARAMETERS for param in attributes["_parameters"].values())
+    )
+
+
+def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None, own_dtype: th.dtype = th.float32) -> list[Layer]:
+    """
+    Successive layers as functions: plain linear layers without the overhead of a module, in the given precision, and a plain
+    ReLU that writes into the output of the plain linear layer before it. Other layers are called as they are, in their own
+    precision.
 
     :param layers: in their order
-    :param dtype: precision; by default that of the weights
+    :param dtype: precision of the products; by default that of the weights
+    :param own_dtype: precision of the weights
     :return: functions, the first of a tensor that nothing else needs
     """
-    functions: list[Callable[[th.Tensor], th.Tensor]] = []
+    functions: list[Layer] = []
     is_free = True  # nothing else needs the input
     for layer in layers:
-        has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks)
-        if is_free and type(layer) is nn.ReLU and not has_hooks:
+        is_linear = is_plain(layer, nn.Linear)
+        if is_linear and dtype is None:
+            functions.append(_linear(layer))
+        elif is_linear and layer.weight.dtype == th.float32:
+            functions.append(_linear_in(dtype, layer))  # type: ignore[arg-type]
+        elif is_free and is_plain(layer, nn.ReLU):
             functions.append(th.relu_)
-        elif dtype is None:
+        elif dtype is None or any(is_plain(layer, cls) for cls in ACTIVATIONS):
             functions.append(layer)
-        elif type(layer) is nn.Linear and not has_hooks:
-            functions.append(_linear_in(dtype, layer.weight, layer.bias))
         else:
-            functions.append(_in_own_precision(layer))
-        is_free = type(layer) is nn.Linear and not has_hooks
+            functions.append(lambda x, layer=layer: layer(x.to(own_dtype)))  # type: ignore[misc]
+        is_free = is_linear
     return functions
 
 
-def _linear_in(dtype: th.dtype, weight: th.Tensor, bias: th.Tensor | None) -> Callable[[th.Tensor], th.Tensor]:
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return lambda x: F.linear(x.to(dtype), weight, bias)
+def _linear(layer: nn.Module) -> Layer:
+    weight, bias = layer.weight, layer.bias
+    return lambda x: F.linear(x, weight, bias)  # type: ignore[arg-type]
 
 
-def _in_own_precision(layer: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
-    weight = next(layer.parameters(), None)
-    return layer if weight is None else lambda x: layer(x.to(weight.dtype))
+def _linear_in(dtype: th.dtype, layer: nn.Module) -> Layer:
+    weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight, bias)  # type: ignore[arg-type]
+
+
+def denoiser(actor: "Actor", embedding: th.Tensor, dtype: th.dtype | None = None) -> "Denoiser":
+    """
+    ``actor.denoise(embedding, x, sigma)`` as a function of x and sigma. For the noise levels of the sampler, what depends on
+    the levels and the weights alone is computed once.
+
+    :param actor: the actor
+    :param embedding: what ``actor.embed()`` returned, shape (..., width)
+    :param dtype: precision of the hidden layers; by default that of the weights
+    :return: from x of shape (..., action_dim) and sigma to the shape of x
+    """
+    from sb3_dqs.actor import Actor  # imports this module
+
+    plain = functools.partial(actor.denoise, embedding)
+    is_own = type(actor).denoise is Actor.denoise and "denoise" not in vars(actor)
+    first = actor.embed_action
+    if not (is_own and is_plain(first, nn.Linear) and first.bias is None and is_plain(actor.net, nn.Sequential)):
+        return plain
+    level_embeddings = actor.embed_level(actor.step_features).unbind()
+    weights = (actor.step_c_in * first.weight).unbind()
+    steps = {
+        sigma: (weight, level_embedding, actor.noise.c_skip(sigma), actor.noise.c_out(sigma))
+        for sigma, weight, level_embedding in zip(actor.sigmas, weights, level_embeddings, strict=True)
+    }
+    layers = as_functions(actor.net, dtype, embedding.dtype)
+
+    def denoise(x: th.Tensor, sigma: float) -> th.Tensor:
+        if sigma not in steps:
+            return plain(x, sigma)
+        weight, level_embedding, c_skip, c_out = steps[sigma]
+        # The first layer, in single precision: it sees small differences of x, and is small
+        hidden = F.linear(x, weight, level_embedding).add_(embedding)
+        if hidden.dim() > 2:
+            hidden = hidden.flatten(end_dim=-2)
+        for layer in layers:
+            hidden = layer(hidden)
+        return (c_skip * x).add(hidden if x.dim() == 2 else hidden.reshape(x.shape), alpha=c_out)
+
+    return denoise
+
+
+def energy(q_net: nn.Module, features: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    Values of a critic network ``q_net(cat(features, actions))`` for many actions per state. The first layer is a sum, of which
+    the features' part is computed once per state.
+
+    :param q_net: from (n, features_dim + action_dim) to (n, 1)
+    :param features: shape (batch_size, features_dim)
+    :return: from actions (batch_size, n_actions, action_dim) to (batch_size, n_actions)
+    """
+    if not (is_plain(q_net, nn.Sequential) and len(q_net) > 0 and is_plain(q_net[0], nn.Linear)):  # type: ignore[arg-type,index]
+
+        def plain(actions: th.Tensor) -> th.Tensor:
+            repeated = features.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            return q_net(th.cat([repeated, actions], dim=2).flatten(0, 1)).reshape(actions.shape[:2])
+
+        return plain
+
+    assert isinstance(q_net, nn.Sequential)  # for type checker
+    first, *others = q_net
+    assert isinstance(first, nn.Linear)
+    is_rowwise = all(any(is_plain(layer, cls) for cls in ROWWISE) for layer in others)
+    layers = as_functions(others)
+
+    def split(actions: th.Tensor) -> th.Tensor:
+        features_weight, actions_weight = first.weight.split([features.shape[1], actions.shape[2]], dim=1)
+        features_part = F.linear(features, features_weight, first.bias).unsqueeze(1)
+        # An exported graph is for batches of any size
+        is_chunked = is_rowwise and features.device.type == "cpu" and not th.compiler.is_compiling()
+        chunk_size = max(1, CPU_CHUNK_ROWS // len(features)) if is_chunked else actions.shape[1]
+        values = []
+        for chunk in actions.split(chunk_size, dim=1):
+            hidden = F.linear(chunk, actions_weight).add_(features_part).flatten(0, 1)
+            for layer in layers:
+                hidden = layer(hidden)
+            values.append(hidden.reshape(chunk.shape[:2]))
+        return th.cat(values, dim=1)
+
+    return split
+
+
+@th.no_grad()
+def update_target(parameters: Iterable[th.Tensor], target_parameters: Iterable[th.Tensor], tau: float) -> None:
+    """
+    SB3's ``polyak_update()``, in one pass over the memory instead of two.
+
+    :param parameters: of the network
+    :param target_parameters: of its target
+    :param tau: from 0 (nothing changes) to 1 (the target becomes the network)
+    """
+    parameters, target_parameters = list(parameters), list(target_parameters)
+    if _is_disabled or not all(param.is_floating_point() for param in parameters):
+        polyak_update(parameters, target_parameters, tau)
+    elif parameters:
+        th._foreach_lerp_(target_parameters, parameters, tau)
+
+
+def optimizer_kwargs(optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Adam fused, unless the user chose an implementation: the same steps up to rounding, in a third of the time.
+
+    :param optimizer_class: class of the optimizer
+    :param kwargs: the user's arguments for it
+    :return: arguments
+    """
+    is_chosen = bool({"foreach", "fused", "differentiable"} & set(kwargs))
+    return kwargs if optimizer_class is not th.optim.Adam or is_chosen else {"fused": True, **kwargs}
+
+
+@functools.cache
+def training_dtype(device: th.device) -> th.dtype | None:
+    """
+    Precision of the sampler's hidden layers in training.
+
+    :param device: device
+    :return: bfloat16 where its matrix products are faster: CPUs with AMX or AVX512-BF16, GPUs with tensor cores for it;
+        elsewhere None, the precision of the weights
+    """
+    if device.type == "cuda":
+        is_fast = th.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
+        is_fast = device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return th.bfloat16 if is_fast else None
 
 
 class Compiled:
     """
     A function that is compiled at its first call, and again for new shapes of its arguments (PyTorch keeps eight versions per
     process; what comes after runs as it is). It takes its random numbers from the generator that the function itself would,
-    and computes the same up to rounding. Where it cannot be compiled (for want of a C++ compiler, for instance) it warns once,
+    and computes the same up to rounding. Where it cannot be compiled (no C++ compiler, for instance) it warns once,
     and is the function itself from then on. Copies compile anew.
 
     :param function: of tensors
@@ -70,7 +255,7 @@ class Compiled:
                 reason = str(error).partition("\n\nSet TORCH")[0].strip()  # advice to developers of torch follows
                 warnings.warn(
                     f"compile=True: torch.compile failed, and training goes on without it ({type(error).__name__}: {reason}); "
-                    "install what it misses, or leave the argument out.",
+                    "install what is missing, or leave the argument out.",
                     stacklevel=2,
                 )
                 self.is_possible = False
@@ -81,14 +266,11 @@ class Compiled:
         return {**self.__dict__, "compiled": None}
 
 
-def has_fast_bfloat16(device: th.device) -> bool:
+def compile_sampler(actor: "Actor") -> None:
     """
-    Whether products of matrices are faster in bfloat16.
+    Compile what draws actions in training.
 
-    :param device: device
-    :return: true for CPUs with AMX or AVX512-BF16, and for GPUs with tensor cores for it
+    :param actor: the actor
     """
-    if device.type == "cuda":
-        return th.cuda.get_device_capability(device) >= (8, 0)
-    capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
-    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    actor.training_sample = Compiled(actor.training_sample)  # type: ignore[method-assign]
+    actor.training_sample_log_prob = Compiled(actor.training_sample_log_prob)  # type: ignore[method-assign]

@@ -1,68 +1,71 @@
-"""Noise levels of the diffusion of unsquashed actions, and the scalings of a denoiser."""
+"""Noise levels of the diffusion, and the scalings of its denoiser (Karras et al. 2022, "EDM", arXiv 2206.00364, Table 1)."""
+
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch as th
 
-# Below SIGMA_MIN a noisy action is taken for clean; above SIGMA_MAX it is taken for pure noise around the mean. From
-# SIGMA_MAX, where the denoiser can only answer the mean, the sampler jumps to SIGMA_BROAD, where the modes are still
-# hidden in noise.
-SIGMA_MIN = 0.03
-SIGMA_BROAD = 3.0
-SIGMA_MAX = 20.0
-# How much longer than the mean step the first one from SIGMA_BROAD is, and how much shorter the last one
-LEVEL_CURVATURE = 0.2
-# Standard deviation of u = atanh(a) for a uniform action, pi / sqrt(12) = 0.91 (sigma_data of Karras et al. 2022)
-SIGMA_DATA = 0.91
+Sigma = TypeVar("Sigma", float, th.Tensor)
 
 
-def sampling_levels(n_levels: int) -> list[float]:
+@dataclass(frozen=True)
+class NoiseLevels:
     """
-    Noise levels of the reverse process, from the highest down.
+    Noise levels sigma of ``x = u + sigma * eps``, u an unsquashed action: those of the sampler, those of the training, and the
+    scalings of the denoiser ``D(x, sigma) = c_skip * x + c_out * F(c_in * x, c_noise)`` (EDM, equation (7)).
+    In all methods sigma is a number or a tensor of any shape, which the result has too.
 
-    The first step jumps from ``SIGMA_MAX``, where the denoiser answers the mean, to ``SIGMA_BROAD``; the others go from
-    there to ``SIGMA_MIN``, in steps of log sigma that shrink evenly, because the curves of the ODE are bent at the end.
-
-    :param n_levels: number of levels, and of denoiser calls per action, at least 3
-    :return: the levels
+    :param sigma_min: below, a noisy action counts as clean. Smaller than the narrowest mode that the policy can hold
+    :param sigma_broad: here the modes are hidden in noise: more than the distance of two opposite corners, +-1.5 before
+        the tanh
+    :param sigma_max: here the denoiser can answer only the mean, so that one step leads from there to ``sigma_broad``
+    :param sigma_data: standard deviation of u for uniform actions, ``pi / sqrt(12)``
+    :param curvature: how much longer than the mean step of log sigma the first one is, and how much shorter the last:
+        the ODE bends most at low noise
     """
-    times = [i / (n_levels - 2) for i in range(n_levels - 1)]
-    bent = [time + LEVEL_CURVATURE * time * (1 - time) for time in times]
-    return [SIGMA_MAX] + [SIGMA_BROAD * (SIGMA_MIN / SIGMA_BROAD) ** time for time in bent]
 
+    sigma_min: float = 0.03
+    sigma_broad: float = 3.0
+    sigma_max: float = 20.0
+    sigma_data: float = 0.91
+    curvature: float = 0.2
 
-def training_levels(n_states: int, n_levels: int, device: th.device | str = "cpu") -> th.Tensor:
-    """
-    Noise levels for the regression: log-uniform, stratified over the levels of a state and shuffled.
+    def sampling(self, n_steps: int) -> list[float]:
+        """
+        Noise levels of the sampler: ``sigma_max``, then from ``sigma_broad`` to ``sigma_min``.
 
-    :param n_states: number of states
-    :param n_levels: number of levels per state
-    :param device: where to put them
-    :return: levels from ``SIGMA_MIN`` to ``SIGMA_MAX``, shape (n_states, n_levels, 1)
-    """
-    strata = th.rand(n_states, n_levels, device=device).argsort(dim=1)
-    return log_uniform_levels((strata + th.rand(n_states, n_levels, device=device)) / n_levels).unsqueeze(2)
+        :param n_steps: number of levels, and of denoiser calls per action, at least 3
+        :return: the levels, falling
+        """
+        times = [i / (n_steps - 2) for i in range(n_steps - 1)]
+        bent = [time + self.curvature * time * (1 - time) for time in times]
+        return [self.sigma_max] + [self.sigma_broad * (self.sigma_min / self.sigma_broad) ** time for time in bent]
 
+    def training(self, n_states: int, n_levels: int, device: th.device | str = "cpu") -> th.Tensor:
+        """
+        Noise levels of the regression: log-uniform from ``sigma_min`` to ``sigma_max``, stratified over the levels of a state.
 
-def log_uniform_levels(quantiles: th.Tensor) -> th.Tensor:
-    """
-    Noise levels at quantiles of the log-uniform distribution from ``SIGMA_MIN`` to ``SIGMA_MAX``.
+        :param n_states: number of states
+        :param n_levels: number of levels per state
+        :param device: device of the result
+        :return: shape (n_states, n_levels, 1)
+        """
+        strata = th.rand(n_states, n_levels, device=device).argsort(dim=1)
+        quantiles = (strata + th.rand(n_states, n_levels, device=device)) / n_levels
+        return (self.sigma_min * (self.sigma_max / self.sigma_min) ** quantiles).unsqueeze(2)
 
-    :param quantiles: numbers in [0, 1]
-    :return: levels, of the shape of ``quantiles``
-    """
-    return SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** quantiles
+    def c_skip(self, sigma: Sigma) -> Sigma:
+        """Share of x in the denoiser's answer: 1 without noise, 0 at high noise."""
+        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
+    def c_out(self, sigma: Sigma) -> Sigma:
+        """Scale of the network's output, and of the denoiser's error."""
+        return sigma * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
 
-def edm_scalings(sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-    """
-    Scalings that make a network a denoiser: ``D(x, sigma) = c_skip * x + c_out * F(c_in * x, c_noise)``
-    (Karras et al. 2022, Table 1).
+    def c_in(self, sigma: Sigma) -> Sigma:
+        """Scale of the network's input: x has variance ``sigma**2 + sigma_data**2``."""
+        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5
 
-    :param sigma: noise levels
-    :return: c_skip, c_out, c_in and c_noise, each of the shape of ``sigma``
-    """
-    total_variance = sigma**2 + SIGMA_DATA**2
-    c_skip = SIGMA_DATA**2 / total_variance
-    c_out = sigma * SIGMA_DATA / total_variance.sqrt()
-    c_in = 1 / total_variance.sqrt()
-    c_noise = sigma.log() / 4
-    return c_skip, c_out, c_in, c_noise
+    def c_noise(self, sigma: th.Tensor) -> th.Tensor:
+        """The noise level as the network sees it."""
+        return sigma.log() / 4

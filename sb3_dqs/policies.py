@@ -1,13 +1,15 @@
-"""Policies of DQS: they hold an actor and critics."""
+"""Policies of DQS: they build the actor, the critics and their optimizers, and predict."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import TanhBijector
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -18,9 +20,15 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_dqs import fast
 from sb3_dqs.actor import Actor
-from sb3_dqs.critics import Critic
-from sb3_dqs.solvers import MAX_UNSQUASHED
+from sb3_dqs.critics import Critic, MlpCritic
+from sb3_dqs.noise import NoiseLevels
+from sb3_dqs.observations import zero_observations
+from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
+
+# Arguments of the policy that go to the actor as they are
+ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies", "std_update_rate")
 
 
 class DQSPolicy(BasePolicy):
@@ -49,9 +57,15 @@ class DQSPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share or not the features extractor
         between the actor and the critic (this saves computation time)
-    :param diffusion_steps: Number of denoiser calls per action; ``DQS(diffusion_steps=...)`` sets it
-    :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the first of the critics) among
-        this many, instead of the one that the actor alone finds
+    :param critic_class: Class of the critic, see :class:`sb3_dqs.critics.Critic`
+    :param critic_kwargs: Keyword arguments to pass to the critic, besides those of SB3's ``ContinuousCritic``
+    :param diffusion_steps: Number of denoiser calls per action, at least 3; more is more accurate and slower
+    :param noise: Noise levels, see :class:`sb3_dqs.noise.NoiseLevels`
+    :param solver: Solver of the reverse process, see :mod:`sb3_dqs.solvers`
+    :param n_frequencies: Number of frequencies by which the noise level enters the actor
+    :param std_update_rate: Rate of the running mean of the policy's variance
+    :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the critic's energy) among this
+        many, instead of the one that the actor alone finds
     """
 
     actor: Actor
@@ -77,7 +91,13 @@ class DQSPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
+        critic_class: type[Critic] = MlpCritic,
+        critic_kwargs: dict[str, Any] | None = None,
         diffusion_steps: int = 8,
+        noise: NoiseLevels | None = None,
+        solver: Solver = dpm_solver_2m,
+        n_frequencies: int = 8,
+        std_update_rate: float = 0.01,
         best_of_n_by_q: int | None = None,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
@@ -107,6 +127,8 @@ class DQSPolicy(BasePolicy):
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.best_of_n_by_q = best_of_n_by_q
+        self.critic_class = critic_class
+        self.own_critic_kwargs = critic_kwargs
         self.share_features_extractor = share_features_extractor
         net_kwargs = {
             "observation_space": self.observation_space,
@@ -119,12 +141,17 @@ class DQSPolicy(BasePolicy):
             "net_arch": actor_arch,
             "use_sde": use_sde,
             "diffusion_steps": diffusion_steps,
+            "noise": noise,
+            "solver": solver,
+            "n_frequencies": n_frequencies,
+            "std_update_rate": std_update_rate,
         }
         self.critic_kwargs = {
             **net_kwargs,
             "net_arch": critic_arch,
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
+            **(critic_kwargs or {}),
         }
 
         self._build(lr_schedule)
@@ -133,9 +160,7 @@ class DQSPolicy(BasePolicy):
             self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        optimizer_kwargs = self.optimizer_kwargs
-        if self.optimizer_class is th.optim.Adam and not {"foreach", "fused", "differentiable"} & set(optimizer_kwargs):
-            optimizer_kwargs = {"fused": True, **optimizer_kwargs}  # the same numbers up to rounding, in a third of the time
+        optimizer_kwargs = fast.optimizer_kwargs(self.optimizer_class, self.optimizer_kwargs)
 
         self.actor = self.make_actor()
         self.actor.optimizer = self.optimizer_class(
@@ -152,6 +177,9 @@ class DQSPolicy(BasePolicy):
             self.critic = self.make_critic(features_extractor=None)
             critic_parameters = list(self.critic.parameters())
 
+        if self.critic_class is not MlpCritic:
+            self._check_critic()
+
         # Critic target should not share the features extractor with critic
         self.critic_target = self.make_critic(features_extractor=None)
         self.critic_target.load_state_dict(self.critic.state_dict())
@@ -165,6 +193,34 @@ class DQSPolicy(BasePolicy):
         # Target networks should always be in eval mode
         self.critic_target.set_training_mode(False)
 
+    @th.no_grad()
+    def _check_critic(self) -> None:
+        """
+        Ask a critic of the user's for values of two states.
+
+        :raises ValueError: if it cannot give them, or their shapes are wrong
+        """
+        n_states, n_actions, action_dim = 2, 3, self.actor.action_dim
+        obs = zero_observations(self.observation_space, n_states, self.device)
+        actions = th.zeros(n_states, n_actions, action_dim, device=self.device)
+        name = self.critic_class.__name__
+        with evaluation_mode(self.critic):
+            try:
+                backup_values = self.critic.backup_values(obs, actions[:, 0])
+                values = self.critic.energy(obs)(actions)
+            except Exception as error:
+                raise ValueError(
+                    f"policy_kwargs: `critic_class`={name} fails on {n_states} observations of zeros "
+                    f"({type(error).__name__}: {error}); see sb3_dqs.critics.Critic for what it must answer."
+                ) from error
+        for method, shape, expected in (
+            ("backup_values", tuple(backup_values.shape), f"({n_states}, m)"),
+            ("energy", tuple(values.shape), f"({n_states}, {n_actions})"),
+        ):
+            is_right = len(shape) == 2 and shape[0] == n_states and (method == "backup_values" or shape[1] == n_actions)
+            if not is_right:
+                raise ValueError(f"policy_kwargs: `critic_class`={name}: {method} must give shape {expected}, got {shape}.")
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
 
@@ -172,8 +228,9 @@ class DQSPolicy(BasePolicy):
             dict(
                 net_arch=self.net_arch,
                 activation_fn=self.activation_fn,
-                use_sde=self.actor_kwargs["use_sde"],
-                diffusion_steps=self.actor_kwargs["diffusion_steps"],
+                **{name: self.actor_kwargs[name] for name in ACTOR_KWARGS},
+                critic_class=self.critic_class,
+                critic_kwargs=self.own_critic_kwargs,
                 best_of_n_by_q=self.best_of_n_by_q,
                 n_critics=self.critic_kwargs["n_critics"],
                 share_features_extractor=self.share_features_extractor,
@@ -200,7 +257,7 @@ class DQSPolicy(BasePolicy):
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return Critic(**critic_kwargs).to(self.device)
+        return self.critic_class(**critic_kwargs).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -233,16 +290,16 @@ class DQSPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q is not None:
             embedding = self.actor.embed(observation)
-            actions = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
-            features = self.critic.extract_features(observation, self.critic.features_extractor)
-            best = self.critic.q1_values(features, actions).argmax(dim=1)
+            u = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
+            actions = th.tanh(u)
+            best = self.critic.energy(observation)(actions).argmax(dim=1)
             return actions.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
         return self.actor(observation, deterministic)
 
     @th.no_grad()
     def log_prob(self, obs: PyTorchObs, actions: th.Tensor, n_probes: int = 16) -> th.Tensor:
         """
-        Log-density of the policy, from the sampler run backwards; see :mod:`sb3_dqs.entropy` for the formula and its
+        Log-density of the policy, from the sampler run backwards; see :mod:`sb3_dqs.density` for the formula and its
         sources.
 
         :param obs: Observation
@@ -258,19 +315,18 @@ class DQSPolicy(BasePolicy):
         is_suitable = isinstance(actions, th.Tensor) and actions.shape == shape and actions.device == embedding.device
         if not is_suitable or not (actions.abs() <= 1).all():
             raise ValueError(
-                f"actions={actions!r} will not do: pass a tensor of shape {shape} on {embedding.device}, one action per "
-                "observation, in [-1, 1]: "
+                f"`actions` must be a tensor of shape {shape} on {embedding.device}, one action in [-1, 1] per observation, "
+                f"got {actions!r}: pass "
                 "torch.as_tensor(policy.scale_action(actions), dtype=torch.float32, device=policy.device)."
             )
-        unsquashed = TanhBijector.inverse(actions.to(embedding.dtype).flatten(start_dim=1))
-        repeated = unsquashed.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED).unsqueeze(1).expand(-1, n_probes, -1)
+        u = TanhBijector.inverse(actions.to(embedding.dtype).flatten(start_dim=1))
+        repeated = u.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED).unsqueeze(1).expand(-1, n_probes, -1)
         return self.actor.log_prob(embedding.unsqueeze(1), repeated).mean(dim=1)
 
     @th.no_grad()
     def entropy(self, obs: PyTorchObs, n_actions: int = 64) -> th.Tensor:
         """
-        Entropy of the policy, the mean of minus the log-density of its actions; see
-        :func:`sb3_dqs.entropy.flow_log_density`.
+        Entropy of the policy, the mean of minus the log-density of its actions; see :mod:`sb3_dqs.density`.
 
         :param obs: Observation
         :param n_actions: number of actions per state
@@ -279,7 +335,7 @@ class DQSPolicy(BasePolicy):
         self.set_training_mode(False)  # as predict()
         embedding = self.actor.embed(obs).unsqueeze(1)
         latents = th.randn(len(embedding), n_actions, self.actor.action_dim, device=embedding.device)
-        _, log_prob = self.actor.sample_with_log_prob(embedding, latents, range(1, len(self.actor.levels)))
+        _, log_prob = self.actor.sample_log_prob(embedding, latents)
         return -log_prob.mean(dim=1)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
@@ -306,6 +362,21 @@ class DQSPolicy(BasePolicy):
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: BaseModel) -> Iterator[None]:
+    """
+    Evaluation mode inside (batch normalisation, dropout), the former one afterwards.
+
+    :param module: a policy, or a critic
+    """
+    was_training = module.training
+    module.set_training_mode(False)
+    try:
+        yield
+    finally:
+        module.set_training_mode(was_training)
 
 
 MlpPolicy = DQSPolicy

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sb3_dqs.checks import BACKUPS, SCORE_TARGETS
+from sb3_dqs.checks import BACKUPS
+from sb3_dqs.denoiser_targets import DENOISER_TARGETS
 from sb3_dqs.dqs import DQS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def sample_dqs_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
         # From 2**2=4 to 2**5=32
         "n_mc_samples_pow": trial.suggest_int("n_mc_samples_pow", 2, 5),
         "diffusion_steps": trial.suggest_int("diffusion_steps", 4, 16),
-        "score_target": trial.suggest_categorical("score_target", SCORE_TARGETS),
+        "denoiser_target": trial.suggest_categorical("denoiser_target", list(DENOISER_TARGETS)),
         "backup": trial.suggest_categorical("backup", BACKUPS),
     }
     if additional_args["using_her_replay_buffer"]:
@@ -114,6 +115,7 @@ def convert_dqs_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
     params = convert_offpolicy_params(sampled_params)
     params["n_mc_samples"] = 2 ** params.pop("n_mc_samples_pow")
+    params["policy_kwargs"]["diffusion_steps"] = params.pop("diffusion_steps")
     if "n_sampled_goal" in params:
         # A trial with hindsight experience replay, loaded by its number: these replace those of the entry, as upstream
         params["replay_buffer_kwargs"] = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy")}

@@ -1,9 +1,8 @@
 """
-Variance-exploding diffusion of unsquashed actions: noise levels, denoiser scalings and the reverse solver.
+Solvers of the probability-flow ODE: functions of a denoiser, a noisy action and falling noise levels.
 
-Pure functions of tensors. An action of the box is ``a = tanh(u)``, as in SAC; the diffusion is that of the unsquashed
-action u, whose density has no edges. A noisy one is ``x = u + sigma * eps``; the denoiser ``D(x, sigma)`` estimates
-``E[u | x]`` and the score is ``(D - x) / sigma^2`` (Tweedie's formula).
+The diffusion is that of unsquashed actions u (``a = tanh(u)``), with variance exploding: ``x = u + sigma * eps``. A denoiser
+``D(x, sigma)`` estimates ``E[u | x]``; the score of x is ``(D - x) / sigma^2`` (Tweedie's formula).
 """
 
 import math
@@ -13,75 +12,112 @@ from itertools import pairwise
 import torch as th
 from torch.nn import functional as F
 
-# Noise through which the modes of the policy are looked for, by the first level that is not above: finer structure is averaged
-SIGMA_MODE = 0.25
-# How often that noise is taken away, and how far from the middle of the policy the search begins: far enough to leave it on a
-# ring or between two modes, and near enough for the mean of one broad mode
-N_SHIFTS = 5
-MODE_LATENT = 0.1
+# From noisy actions x (..., action_dim) and their noise level to the shape of x
+Denoiser = Callable[[th.Tensor, float], th.Tensor]
+# Called once per step with (step, x, sigma, denoised)
+Callback = Callable[[int, th.Tensor, float, th.Tensor], None]
+# From (denoise, x, sigmas, callback) to unsquashed actions of the shape of x; x is noise of the first of the levels
+Solver = Callable[[Denoiser, th.Tensor, list[float], Callback | None], th.Tensor]
+
 # tanh(8) differs from 1 by 2e-7: further out, single precision does not tell actions apart
 MAX_UNSQUASHED = 8.0
 
 
-def solve_reverse_ode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]) -> th.Tensor:
+def dpm_solver_2m(denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback: Callback | None = None) -> th.Tensor:
     """
-    Turn standard normal latents into unsquashed actions along the probability-flow ODE, by DPM-Solver++(2M)
-    (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2; here with alpha_t = 1, sigma_t = sigma).
+    DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2; here alpha_t = 1, sigma_t = sigma), from
+    noise to unsquashed actions.
 
-    :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
-    :param latents: standard normal numbers, shape (..., action_dim)
-    :param levels: noise levels, falling
-    :return: unsquashed actions of the shape of ``latents``; finite even where the denoiser is not
+    :param denoise: the denoiser
+    :param x: noise, ``sigmas[0]`` times standard normal numbers, shape (..., action_dim)
+    :param sigmas: noise levels, falling, at least 2
+    :param callback: called at every level
+    :return: unsquashed actions of the shape of x, within ``MAX_UNSQUASHED``; finite even where the denoiser is not
     """
-    denoised, previous_denoised = _descend(denoise, latents, levels)
+    denoised, previous_denoised = _descend(denoise, x, sigmas, callback)
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
-    # are close to each other it would amplify the errors of the denoiser
-    weight = min(1 / ((levels[-2] / levels[-1]) ** 2 - 1), 1)
+    # are close to each other it would amplify the errors of the denoiser, hence at most 1
+    weight = min(1 / ((sigmas[-2] / sigmas[-1]) ** 2 - 1), 1)
     return _bounded(denoised.lerp(previous_denoised, -weight).nan_to_num())
 
 
-def mode_latent(action_dim: int) -> th.Tensor:
+def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: float = 0.25, n_shifts: int = 5) -> th.Tensor:
     """
-    Where to look for a mode from: always the same latent, near the middle of the policy (of a policy of one mode, the mean),
-    but not in it, where a symmetric policy has no reason to take either of two sides.
+    A mode of the policy: along the ODE down to ``sigma_mode``, and from there the same level again and again.
+    ``u <- D(u, sigma) = E[u' | u]`` is the mean shift (Cheng 1995, https://doi.org/10.1109/34.400568) with a Gaussian kernel
+    of that width: it climbs the density of u that the kernel blurs. It leaves the middle between two narrow modes at once, and
+    slowly, or not at all, if much of the policy lies between them.
 
-    :param action_dim: d
-    :return: shape (action_dim,), of length ``MODE_LATENT``
+    :param denoise: the denoiser
+    :param x: where to start, shape (..., action_dim); see :func:`mode_latent`
+    :param sigmas: noise levels, falling
+    :param sigma_mode: width of the kernel: finer structure is averaged
+    :param n_shifts: number of mean shifts
+    :return: unsquashed actions of the shape of x; finite even where the denoiser is not
     """
-    sides, sizes = th.quasirandom.SobolEngine(action_dim, scramble=True, seed=0).draw(2)
-    # Sizes that differ, for the sake of symmetries between dimensions
-    direction = (sides - 0.5).sign() * (0.75 + 0.5 * sizes)
-    return MODE_LATENT * F.normalize(direction, dim=0)
-
-
-def find_mode(denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]) -> th.Tensor:
-    """
-    Turn latents into modes of the policy: along the probability-flow ODE down to ``SIGMA_MODE``, and from there, instead of
-    less noise, the same level again and again. ``u <- D(u, sigma) = E[u' | u]`` is the mean shift (Cheng 1995,
-    https://doi.org/10.1109/34.400568) with a Gaussian kernel of that width, which climbs the density of u that the kernel
-    blurs. It leaves the middle between two modes at once if they are narrow, and slowly, or not at all, if much of the policy
-    lies between them.
-
-    :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
-    :param latents: where to start, shape (..., action_dim); see :func:`mode_latent`
-    :param levels: noise levels, falling
-    :return: unsquashed actions of the shape of ``latents``; finite even where the denoiser is not
-    """
-    last = next(step for step, sigma in enumerate(levels) if sigma <= SIGMA_MODE)
-    mode, _ = _descend(denoise, latents, levels[: last + 1])
-    for _ in range(N_SHIFTS):
-        mode = _bounded(denoise(mode, last))
+    last = next(step for step, sigma in enumerate(sigmas) if sigma <= sigma_mode)
+    mode, _ = _descend(denoise, x, sigmas[: last + 1])
+    for _ in range(n_shifts):
+        mode = _bounded(denoise(mode, sigmas[last]))
     return mode.nan_to_num()
 
 
+def mode_latent(action_dim: int, length: float = 0.1) -> th.Tensor:
+    """
+    Where :func:`find_mode` starts: always the same latent, near the middle of the policy (of a policy of one mode, the mean),
+    but not in it, where a symmetric policy has no reason to take either of two sides.
+
+    :param action_dim: d
+    :param length: distance from the middle
+    :return: shape (action_dim,)
+    """
+    sides, sizes = th.quasirandom.SobolEngine(action_dim, scramble=True, seed=0).draw(2)
+    # Sizes that differ, because of symmetries between dimensions
+    direction = (sides - 0.5).sign() * (0.75 + 0.5 * sizes)
+    return length * F.normalize(direction, dim=0)
+
+
+def invert(denoise: Denoiser, u: th.Tensor, sigmas: list[float], callback: Callback | None = None) -> th.Tensor:
+    """
+    The latents from which :func:`dpm_solver_2m` draws given actions, up to the errors of both solvers.
+
+    :param denoise: the denoiser
+    :param u: unsquashed actions, shape (..., action_dim)
+    :param sigmas: noise levels, falling
+    :param callback: called at every level but the first
+    :return: standard normal numbers, if u are actions of the policy, of the shape of u
+    """
+    last = len(sigmas) - 1
+    # For small sigma, x moves away from u by half of -sigma^2 times the score
+    x = u + (u - denoise(u, sigmas[last])) / 2
+    previous_denoised, previous_log_step = x, math.inf
+    for step in range(last, 0, -1):
+        denoised = denoise(x, sigmas[step])
+        if callback is not None:
+            callback(step, x, sigmas[step], denoised)
+        if step == 1:
+            break
+        log_step = math.log(sigmas[step - 1] / sigmas[step])
+        middle = denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
+        x = middle.lerp(x, sigmas[step - 1] / sigmas[step])
+        previous_denoised, previous_log_step = denoised, log_step
+    # Above sigmas[1] the denoiser answers the mean
+    mean = denoise(sigmas[0] / sigmas[1] * (x - denoised), sigmas[0])
+    return (x - mean) / sigmas[1]
+
+
 def _descend(
-    denoise: Callable[[th.Tensor, int], th.Tensor], latents: th.Tensor, levels: list[float]
+    denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback: Callback | None = None
 ) -> tuple[th.Tensor, th.Tensor]:
     """The solver down to the last of the levels; the denoised actions there and at the level before."""
-    x = previous_denoised = levels[0] * latents
-    previous_log_step = math.inf
-    for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
-        denoised = _bounded(denoise(x, step))
+    previous_denoised, previous_log_step = x, math.inf
+    for step, (sigma, next_sigma) in enumerate(pairwise([*sigmas, 0.0])):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(step, x, sigma, denoised)
+        denoised = _bounded(denoised)
+        if next_sigma == 0:
+            break
         if step == 0:
             x = x + denoised  # at the highest level the noise is centred on the mean
         log_step = math.log(sigma / next_sigma)
@@ -89,32 +125,8 @@ def _descend(
         middle = denoised if step == 0 else denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
         x = middle.lerp(x, next_sigma / sigma)
         previous_denoised, previous_log_step = denoised, log_step
-    return _bounded(denoise(x, len(levels) - 1)), previous_denoised
+    return denoised, previous_denoised
 
 
-def _bounded(unsquashed: th.Tensor) -> th.Tensor:
-    return unsquashed.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
-
-
-def solve_forward_ode(denoise: Callable[[th.Tensor, int], th.Tensor], unsquashed: th.Tensor, levels: list[float]) -> th.Tensor:
-    """
-    The latents from which :func:`solve_reverse_ode` draws given actions, up to the errors of both solvers.
-
-    :param denoise: the denoiser: from noisy actions x and the index of their noise level to the shape of x
-    :param unsquashed: unsquashed actions u, shape (..., action_dim)
-    :param levels: noise levels, falling
-    :return: latents of the shape of ``unsquashed``
-    """
-    last = len(levels) - 1
-    # For small sigma, x moves away from u by half of -sigma^2 times the score
-    x = unsquashed + (unsquashed - denoise(unsquashed, last)) / 2
-    previous_denoised, previous_log_step = x, math.inf
-    for step in range(last, 1, -1):
-        denoised = denoise(x, step)
-        log_step = math.log(levels[step - 1] / levels[step])
-        middle = denoised.lerp(previous_denoised, -log_step / (2 * previous_log_step))
-        x = middle.lerp(x, levels[step - 1] / levels[step])
-        previous_denoised, previous_log_step = denoised, log_step
-    # Above SIGMA_BROAD the denoiser answers the mean
-    mean = denoise(levels[0] / levels[1] * (x - denoise(x, 1)), 0)
-    return (x - mean) / levels[1]
+def _bounded(u: th.Tensor) -> th.Tensor:
+    return u.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)

@@ -1,17 +1,55 @@
-"""The temperature of the policy, SB3's ``ent_coef``: fixed, scheduled, or tuned to reach a target entropy."""
+"""
+The temperature of the policy, SB3's ``ent_coef``: fixed, scheduled, or tuned to reach a target entropy.
 
+A temperature of your own is a :class:`Temperature`; pass an instance to ``DQS(ent_coef=...)``.
+"""
+
+import copy
 import math
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-# Steps of log ent_coef, in learning rates: per unit of the error, and at most so many upwards (downwards one)
-GAIN = 10.0
-MAX_RISE = 3.0
-# Rate of the running mean of the error, to take the noise from few actions
-ERROR_UPDATE_RATE = 0.05
+from sb3_dqs.running_mean import RunningMean
+
+
+class Temperature(nn.Module):
+    """What ``DQS.train()`` asks of a temperature. Its buffers are saved with the model."""
+
+    def forward(self, progress_remaining: float) -> th.Tensor:
+        """
+        The present temperature.
+
+        :param progress_remaining: remaining progress of the training, from 1 to 0
+        :return: positive, 0-d
+        """
+        raise NotImplementedError
+
+    def update(self, entropy: th.Tensor, learning_rate: float) -> th.Tensor | None:
+        """
+        Called once per gradient step; does nothing unless overridden.
+
+        :param entropy: estimate of the policy's entropy at the states of the batch, in nats, 0-d
+        :param learning_rate: present learning rate
+        :return: the loss before the step, 0-d, to log; or None
+        """
+        return None
+
+
+class FixedTemperature(Temperature):
+    """
+    A constant.
+
+    :param value: temperature, positive
+    """
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = value
+
+    def forward(self, progress_remaining: float) -> th.Tensor:
+        return th.tensor(self.value)
 
 
 class LogLinearSchedule:
@@ -32,9 +70,9 @@ class LogLinearSchedule:
         return f"LogLinearSchedule(initial={self.initial}, final={self.final})"
 
 
-class ScheduledTemperature(nn.Module):
+class ScheduledTemperature(Temperature):
     """
-    Temperature given by a function of the remaining progress (constant for a fixed one).
+    A function of the remaining progress.
 
     :param schedule: from the remaining progress (1 to 0) to the temperature
     """
@@ -43,7 +81,7 @@ class ScheduledTemperature(nn.Module):
         super().__init__()
         self.schedule = schedule
 
-    def forward(self, progress_remaining: float) -> float:
+    def forward(self, progress_remaining: float) -> th.Tensor:
         # SB3's remaining progress falls below 0 when the last rollout overshoots
         progress_remaining = max(progress_remaining, 0.0)
         value = float(self.schedule(progress_remaining))
@@ -52,75 +90,84 @@ class ScheduledTemperature(nn.Module):
                 f"ent_coef: the schedule gave {value} at progress_remaining={progress_remaining:.3f}; "
                 "it must be positive and finite all the way from 1 to 0."
             )
-        return value
+        return th.tensor(value)
 
 
-class AutoTemperature(nn.Module):
+class AutoTemperature(Temperature):
     """
     Temperature tuned by gradient steps on its logarithm, as in SAC (Haarnoja et al. 2018,
     https://arxiv.org/abs/1812.05905, equation (18)): it falls while the entropy is above the target.
 
-    Where Adam would make the steps even, they are in proportion to a running mean of the error, up to a limit: the learning
-    rate on the way down, as in SAC, and ``MAX_RISE`` times as much on the way up, because Q, when returns improve, grows
-    faster than SAC's steps.
+    Adam would make the steps even. Here they are in proportion to a running mean of the error, up to a limit: one learning
+    rate per step downwards, as in SAC, and ``max_rise`` learning rates upwards, because Q, when returns improve, grows faster
+    than SAC's steps.
 
     :param initial: initial value, positive
+    :param target_entropy: in nats
+    :param action_dim: d. An error of d/2 nats is that of a temperature e times too high, for a quadratic Q
+    :param gain: steps in learning rates per unit of the error
+    :param max_rise: largest step upwards, in learning rates
+    :param error_update_rate: rate of the running mean of the error, against the noise of one batch
     """
 
     log_ent_coef: th.Tensor
-    mean_error: th.Tensor
 
-    def __init__(self, initial: float):
+    def __init__(
+        self,
+        initial: float,
+        target_entropy: float,
+        action_dim: int,
+        gain: float = 10.0,
+        max_rise: float = 3.0,
+        error_update_rate: float = 0.05,
+    ):
         super().__init__()
-        self.register_buffer("log_ent_coef", th.full((1,), math.log(initial)))
-        self.register_buffer("mean_error", th.zeros(()))
+        self.target_entropy, self.action_dim = target_entropy, action_dim
+        self.gain, self.max_rise = gain, max_rise
+        self.register_buffer("log_ent_coef", th.tensor(math.log(initial)))
+        self.mean_error = RunningMean(0.0, error_update_rate)
 
     def forward(self, progress_remaining: float) -> th.Tensor:
         return self.log_ent_coef.exp()
 
     @th.no_grad()
-    def update(self, entropy: th.Tensor, target_entropy: float, action_dim: int, learning_rate: float) -> th.Tensor:
-        """
-        One gradient step.
-
-        :param entropy: estimate of the policy's entropy in nats, scalar
-        :param target_entropy: in nats
-        :param action_dim: d
-        :param learning_rate: learning rate
-        :return: the loss, before the step
-        """
-        # d/2 nats more: a temperature e times as high, for a Boltzmann policy of a quadratic Q
-        error = (entropy - target_entropy) / (action_dim / 2)
-        self.mean_error.lerp_(error, ERROR_UPDATE_RATE)
-        gradient = (GAIN * self.mean_error).clamp(-MAX_RISE, 1)
+    def update(self, entropy: th.Tensor, learning_rate: float) -> th.Tensor:
+        self.mean_error.update((entropy - self.target_entropy) / (self.action_dim / 2))
+        gradient = (self.gain * self.mean_error.value).clamp(-self.max_rise, 1)
         loss = self.log_ent_coef * gradient
         self.log_ent_coef -= learning_rate * gradient
         return loss
 
 
-def make_temperature(ent_coef: str | float | Schedule) -> ScheduledTemperature | AutoTemperature:
+def make_temperature(
+    ent_coef: str | float | Schedule | Temperature, target_entropy: float = -1.0, action_dim: int = 1
+) -> Temperature:
     """
     Read ``ent_coef``: ``"auto"``, ``"auto_0.1"`` (tuned, from 1 or from 0.1), a number, a function of the remaining
-    progress, or ``"log_linear_1.0_0.01"`` (from the first number to the second).
+    progress, ``"log_linear_1.0_0.01"`` (from the first number to the second), or a temperature, which is copied.
 
     :param ent_coef: as the user gave it
+    :param target_entropy: of a tuned one, in nats
+    :param action_dim: d
     :return: the temperature
     :raises ValueError: if it can be none of these
     """
+    if isinstance(ent_coef, Temperature):
+        return copy.deepcopy(ent_coef)
     if callable(ent_coef):
         return ScheduledTemperature(ent_coef)
     try:
         if isinstance(ent_coef, str) and ent_coef.startswith("auto"):
             initial = 1.0 if ent_coef == "auto" else _positive(ent_coef.removeprefix("auto_"))
-            return AutoTemperature(initial)
+            return AutoTemperature(initial, target_entropy, action_dim)
         if isinstance(ent_coef, str) and ent_coef.startswith("log_linear_"):
             initial, final = map(_positive, ent_coef.removeprefix("log_linear_").split("_"))
             return ScheduledTemperature(LogLinearSchedule(initial, final))
-        return ScheduledTemperature(ConstantSchedule(_positive(ent_coef)))
+        return FixedTemperature(_positive(ent_coef))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f'ent_coef={ent_coef!r} is not a temperature: pass "auto", "auto_0.1", a positive number, '
-            '"log_linear_1.0_0.01", or a function of the remaining progress.'
+            '"log_linear_1.0_0.01", a function of the remaining progress, or a Temperature.'
         ) from error
 
 

@@ -20,7 +20,7 @@ from sb3_dqs import DQS
 
 SNAPSHOTS = Path(__file__).with_name("snapshots.json")
 PAPER = {
-    "score_target": "energy_gradient",
+    "denoiser_target": "energy_gradient",
     "backup": "hard",
     "policy_delay": 1,
     "ent_coef": "log_linear_1.0_0.01",
@@ -72,7 +72,7 @@ def record(name: str) -> dict[str, Any]:
         **{"learning_starts": 20, "batch_size": 32, "buffer_size": 300, "seed": 0, "device": "cpu", **kwargs}
         | {"policy_kwargs": policy_kwargs},
     )
-    model.sampling_dtype = None  # processors with and without bfloat16 products agree
+    model.actor.training_dtype = None  # processors with and without bfloat16 products agree
     losses = []
     for _ in range(2):
         model.learn(28 if not losses else 172, reset_num_timesteps=False)
