@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a figure comes from, CSV files of results, tables, interquartile means."""
+"""What the benchmarks share: where a figure comes from, CSV files of results, tables, means and their spread, an environment."""
 
 import csv
 import importlib.metadata
@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium import spaces
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "gymnasium", "mujoco")
@@ -47,6 +49,10 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**row, **provenance()} for row in rows]
     is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            if next(csv.reader(file)) != list(rows[0]):
+                raise ValueError(f"{path} has other columns than {list(rows[0])}: move it away.")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if is_new:
@@ -69,6 +75,14 @@ def print_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |")
     print(flush=True)
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of two or more values, their standard deviation; empty if there is no value or one is NaN."""
+    if len(values) == 0 or np.isnan(values).any():
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def iqm(values: np.ndarray) -> np.ndarray:
@@ -102,3 +116,18 @@ def bootstrap_interval(values: np.ndarray, n_resamples: int = 2000, level: float
 
 def use_one_thread() -> None:
     th.set_num_threads(1)
+
+
+class SizedEnv(gym.Env[np.ndarray, np.ndarray]):
+    """Observations and actions of given sizes, and nothing else."""
+
+    def __init__(self, observation_dim: int = 17, action_dim: int = 6):
+        self.observation_space = spaces.Box(-1, 1, (observation_dim,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
