@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a figure comes from, CSV files of results, tables, means and their spread, an environment."""
+"""What the benchmarks share: provenance of a figure, CSV files of results, tables, means and their spread, an environment."""
 
 import csv
 import importlib.metadata

@@ -23,8 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from common import RESULTS, SizedEnv, append_rows, mean_and_spread, print_provenance, print_table, provenance, read_rows
-from common import use_one_thread
+from common import (
+    RESULTS,
+    SizedEnv,
+    append_rows,
+    mean_and_spread,
+    print_provenance,
+    print_table,
+    provenance,
+    read_rows,
+    use_one_thread,
+)
 from fidelity_estimators import ESTIMATORS, DrawsThemselves
 from fidelity_targets import TARGETS, Target, make_target
 from nearest_neighbours import nearest_neighbour_entropy
@@ -49,6 +58,17 @@ NAMES = (*ESTIMATORS, GAUSSIAN, EXACT)
 # Minutes per target: run on these targets only, unless asked for by name
 SLOW, SLOW_TARGETS = "energy gradient, K=1000", ("two modes 1-D", "four modes 2-D")
 KEYS = ("target", "estimator", "steps", "seed")
+# Columns of the CSV file: title in the table, and digits
+COLUMNS = {
+    "distance": ("distance", 1),
+    "shares": ("share error", 3),
+    "entropy_error": ("entropy error", 2),
+    "own_entropy_error": ("of its own estimate", 2),
+    "ess": ("ESS", 1),
+    "forward": ("values", 0),
+    "backward": ("gradients", 0),
+    "microseconds": ("CPU µs", 0),
+}
 
 Policy = Callable[[int], th.Tensor]
 
@@ -212,39 +232,16 @@ def report(rows: list[dict[str, str]]) -> None:
     targets = list(dict.fromkeys(target for target, *_ in groups))
     lines = sorted({key[1:] for key in groups}, key=lambda line: NAMES.index(line[0]))
 
-    def cell(group: list[dict[str, str]], key: str, digits: int) -> str:
-        return mean_and_spread([float(row[key]) for row in group], digits)
+    def cell(group: list[dict[str, str]], column: str) -> str:
+        return mean_and_spread([float(row[column]) for row in group], COLUMNS[column][1])
 
     print("\nSliced Wasserstein distance to exact samples, over that between exact sets:\n")
+    cells = [[cell(groups.get((target, *line), []), "distance") for target in targets] for line in lines]
+    print_table(["estimator", "commit", *targets], [[*line, *shown] for line, shown in zip(lines, cells, strict=True)])
+    print("Per regression target: values and gradients of Q, CPU time. Entropy errors in nats per dimension:\n")
     print_table(
-        ["estimator", "commit", *targets],
-        [[*line, *(cell(groups.get((target, *line), []), "distance", 1) for target in targets)] for line in lines],
-    )
-    print("Q: values / gradients per regression target; entropy errors in nats per dimension:\n")
-    header = [
-        "target",
-        "estimator",
-        "commit",
-        "seeds",
-        "distance",
-        "share error",
-        "entropy error",
-        "of its own estimate",
-        "ESS",
-    ]
-    columns = {"distance": 1, "shares": 3, "entropy_error": 2, "own_entropy_error": 2, "ess": 1}
-    print_table(
-        [*header, "ESS", "Q", "CPU µs"],
-        [
-            [
-                *key,
-                len(group),
-                *(cell(group, column, digits) for column, digits in columns.items()),
-                " / ".join(f"{np.mean([float(row[column]) for row in group]):.0f}" for column in ("forward", "backward")),
-                f"{np.median([float(row['microseconds']) for row in group]):.0f}",
-            ]
-            for key, group in groups.items()
-        ],
+        ["target", "estimator", "commit", "seeds", *(title for title, _ in COLUMNS.values())],
+        [[*key, len(group), *(cell(group, column) for column in COLUMNS)] for key, group in groups.items()],
     )
 
 
