@@ -35,8 +35,9 @@ class Actor(BasePolicy):
     :param noise: Noise levels of sampler and training
     :param solver: Solver of the reverse process, see :mod:`sb3_dqs.solvers`
     :param n_frequencies: The noise level enters the network as sines and cosines of 1, 2, ... ``2**(n_frequencies - 1)`` times
-        ``c_noise``
-    :param std_update_rate: Rate of the running mean of the policy's variance, see ``get_std()``
+        ``c_noise``. Not measured on frozen energies; 2 follow a learning critic more closely
+    :param std_update_rate: Rate of the running mean of the policy's variance, see ``get_std()``: a memory of 100 updates, not
+        measured
     :param normalize_images: Whether to normalize images or not,
          dividing by 255.0 (True by default)
     """

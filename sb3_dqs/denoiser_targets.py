@@ -101,9 +101,11 @@ class PooledMean(DenoiserTarget):
     If u is distributed as pi, then u is a draw from p(u|x), and few samples hardly move the fixed point (not at all if
     candidates were drawn independently from the mixture; here each component gives its share).
 
-    :param n_samples: number of values of the log-density per target: u and the others proposed, at least 2
-    :param prior_std: width of the proposals where the noise tells nothing. Uniform actions have 0.91 before the tanh; twice
-        that reaches the corners of the box
+    :param n_samples: number of values of the log-density per target: u and the others proposed, at least 2. Measured distances
+        (two modes 1-D, four modes 2-D, critic 2-D) over that of two exact sets: 2.2, 3.1, 4.1 with 12; 1.5, 2.0, 3.6 with 16
+        at 1.13 times the cost of a gradient step; 2.1, 1.4, 2.4 with 64
+    :param prior_std: width of the proposals where the noise tells nothing. Derived: uniform actions have 0.91 before the tanh;
+        twice that reaches the corners of the box
     """
 
     def __init__(self, n_samples: int = 12, prior_std: float = 2.0):
@@ -143,8 +145,9 @@ class GradientStep(DenoiserTarget):
 
     :param common_step: a step is shortened by the factor that would bring the gradients at the other draws of the state to
         this length on average, in units of r. Steep energies need a limit; this one leaves the mean of the steps zero,
-        because the gradients at the other draws, given x, do not depend on u
-    :param max_step: a step that is longer still is shortened to this, in units of r
+        because the gradients at the other draws, given x, do not depend on u. No other value was measured
+    :param max_step: a step that is longer still is shortened to this, in units of r. A limit of 3 on single steps bound in a
+        tenth to a third of them and moved their mean by up to 0.2; 12 seldom binds
     """
 
     def __init__(self, common_step: float = 3.0, max_step: float = 12.0):
@@ -173,10 +176,13 @@ class PosteriorMean(DenoiserTarget):
     with too few effective candidates the pooled mean does not: the largest mode, which has most of them, takes all.
 
     :param n_samples: see :class:`PooledMean`
-    :param enough_samples: effective sample size, of at most ``n_draws * (n_samples - 1) + 1``
-    :param too_few_samples: effective sample size, below ``enough_samples``
-    :param weighed_share: share of the states in which candidates are valued in any case, to know the effective sample size
-    :param ess_update_rate: rate of the running mean of the effective sample size
+    :param enough_samples: effective sample size, of at most ``n_draws * (n_samples - 1) + 1``. Measured errors of mode shares
+        (four modes 6-D, critic 6-D, four modes 17-D): .12, .03, .12 with 4 and 3.5; .22, .06, .28 with 5 and 4; .08, .05, .51
+        with 5 and 3; their spread from seed to seed is about .1
+    :param too_few_samples: effective sample size, below ``enough_samples``; see there
+    :param weighed_share: share of the states in which candidates are valued in any case, to know the effective sample size:
+        the least that keeps its noise small, not measured
+    :param ess_update_rate: rate of the running mean of the effective sample size: a memory of 20 updates, not measured
     :param pooled: the estimator of the first states
     :param gradient: the estimator of the other states
     """

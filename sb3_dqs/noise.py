@@ -15,13 +15,15 @@ class NoiseLevels:
     scalings of the denoiser ``D(x, sigma) = c_skip * x + c_out * F(c_in * x, c_noise)`` (EDM, equation (7)).
     In all methods sigma is a number or a tensor of any shape, which the result has too.
 
-    :param sigma_min: below, a noisy action counts as clean. Smaller than the narrowest mode that the policy can hold
-    :param sigma_broad: here the modes are hidden in noise: more than the distance of two opposite corners, +-1.5 before
-        the tanh
-    :param sigma_max: here the denoiser can answer only the mean, so that one step leads from there to ``sigma_broad``
+    :param sigma_min: below, a noisy action counts as clean. Measured together with ``sigma_broad`` and ``curvature`` on exact
+        samples: distance 1.0 to 3.8 times that of two exact sets, against 1.4 to 3.9 with 0.02, 4 and none
+    :param sigma_broad: here the modes are hidden in noise; see ``sigma_min``
+    :param sigma_max: here the denoiser can answer only the mean, so that one step leads from there to ``sigma_broad``.
+        Measured errors of mode shares: 0.004 from 20, against 0.023 from 4 and 0.052 from 2. A policy of standard deviation s
+        loses ``s^2 / (2 sigma_max^2)`` nats per dimension
     :param sigma_data: standard deviation of u for uniform actions, ``pi / sqrt(12)``
     :param curvature: how much longer than the mean step of log sigma the first one is, and how much shorter the last:
-        the ODE bends most at low noise
+        the ODE bends most at low noise; see ``sigma_min``
     """
 
     sigma_min: float = 0.03

@@ -105,9 +105,10 @@ class AutoTemperature(Temperature):
     :param initial: initial value, positive
     :param target_entropy: in nats
     :param action_dim: d. An error of d/2 nats is that of a temperature e times too high, for a quadratic Q
-    :param gain: steps in learning rates per unit of the error
-    :param max_rise: largest step upwards, in learning rates
-    :param error_update_rate: rate of the running mean of the error, against the noise of one batch
+    :param gain: steps in learning rates per unit of the error. Measured together with ``max_rise`` on HalfCheetah-v5: entropy
+        -6.2, -6.2, -6.3 after 30,000 steps (target -6)
+    :param max_rise: largest step upwards, in learning rates. With 1 the entropy fell to -8.3, -6.9, -7.1 there
+    :param error_update_rate: rate of the running mean of the error: a memory of 20 steps, not measured
     """
 
     log_ent_coef: th.Tensor
