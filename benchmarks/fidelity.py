@@ -230,7 +230,7 @@ def report(rows: list[dict[str, str]]) -> None:
     for row in sorted(rows, key=lambda row: (list(TARGETS).index(row["target"]), NAMES.index(row["estimator"]))):
         groups[row["target"], row["estimator"], row["commit"]].append(row)
     targets = list(dict.fromkeys(target for target, *_ in groups))
-    lines = sorted({key[1:] for key in groups}, key=lambda line: NAMES.index(line[0]))
+    lines = sorted(dict.fromkeys(key[1:] for key in groups), key=lambda line: NAMES.index(line[0]))
 
     def cell(group: list[dict[str, str]], column: str) -> str:
         return mean_and_spread([float(row[column]) for row in group], COLUMNS[column][1])

@@ -5,7 +5,8 @@ A point and four goals at equal reward: does the policy reach all of them?
 
 Trains DQS and SAC for the same steps at the same fixed temperature, runs 200 stochastic episodes of each, prints the
 success rate and the entropy of the goals reached divided by ln 4 (1: all goals equally often), and saves a plot of the
-trajectories over the critic's value of the best action. About fifteen minutes on one core for one seed.
+trajectories over the critic's value of the best action. Every run is a row of ``benchmarks/results/multigoal.csv``. About
+fifteen minutes on one core for one seed.
 """
 
 import argparse
@@ -13,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import torch as th
+from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
+from matplotlib.figure import Figure
 from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_dqs import DQS
 from sb3_dqs.envs.multigoal import draw_goals
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 # Random steps before learning starts: they find all goals
 LEARNING_STARTS = 2000
+N_EPISODES = 200
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {"DQS": DQS, "SAC": SAC}
 
 
@@ -56,11 +56,12 @@ def normalized_entropy(counts: np.ndarray) -> float:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Trajectories of each algorithm over ``max_a Q(s, a)``."""
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5 * len(results), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(results), squeeze=False)
     axis = np.linspace(-7, 7, 57, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1)
     candidates = th.as_tensor(np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 2), axis=-1).reshape(-1, 2), dtype=th.float32)
-    for ax, (name, (model, trajectories, _)) in zip(axes[0], results.items(), strict=True):
+    for ax, (name, (model, trajectories)) in zip(axes[0], results.items(), strict=True):
         states = th.as_tensor(grid.reshape(-1, 2))
         with th.no_grad():
             pairs = states.repeat_interleave(len(candidates), 0), candidates.repeat(len(states), 1)
@@ -80,23 +81,25 @@ def main() -> None:
     parser.add_argument("--ent-coef", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algos", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    th.set_num_threads(1)
+    use_one_thread()
+    print_provenance()
 
-    print("| algorithm | seed | success | goal entropy / ln 4 | goals |\n|---|---|---|---|---|", flush=True)
+    rows = []
     for seed in args.seeds:
         results = {}
         for name in args.algos:
             kwargs = {"ent_coef": args.ent_coef, "learning_starts": LEARNING_STARTS, "seed": seed, "device": "cpu"}
             model = ALGORITHMS[name]("MlpPolicy", "sb3_dqs/MultiGoal-v0", **kwargs)  # type: ignore[arg-type]
             model.learn(args.steps, log_interval=10**9)
-            trajectories, counts = run_episodes(model, 200)
-            results[name] = (model, trajectories, counts)
-            goals = " ".join(f"{count:.0f}" for count in counts)
-            print(f"| {name} | {seed} | {counts.sum() / 200:.3f} | {normalized_entropy(counts):.3f} | {goals} |", flush=True)
-        plot(results, args.out / f"multigoal_{seed}.png")
+            trajectories, counts = run_episodes(model, N_EPISODES)
+            results[name] = (model, trajectories)
+            row = {"algorithm": name, "steps": args.steps, "ent_coef": args.ent_coef, "seed": seed}
+            row |= {"success": f"{counts.sum() / N_EPISODES:.3f}", "goal_entropy": f"{normalized_entropy(counts):.3f}"}
+            rows.append({**row, "goals": " ".join(f"{count:.0f}" for count in counts)})
+            append_rows(RESULTS / "multigoal.csv", rows[-1:])
+        plot(results, RESULTS / f"multigoal_{seed}.png")
+    print_table(rows[0], [row.values() for row in rows])
 
 
 if __name__ == "__main__":

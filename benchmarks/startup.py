@@ -4,7 +4,7 @@ What the start-up file for RL Zoo adds to the start of an interpreter.
     python benchmarks/startup.py
 
 Starts an interpreter that reads the start-up files of a folder, with ours and with none in it, in turns, and prints the
-median of the differences of CPU time.
+median of the differences of CPU time. Adds a row to ``benchmarks/results/startup.csv``.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from common import RESULTS, append_rows, print_provenance
 
 HOOK = Path(__file__).parent.parent / "rl_zoo_hook"
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
+    print_provenance()
 
     # With compiled modules, as pip leaves them
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -45,9 +47,15 @@ def main() -> None:
         cpu_milliseconds(HOOK, env)  # compiles the module
         pairs = np.array([[cpu_milliseconds(HOOK, env), cpu_milliseconds(empty, env)] for _ in range(args.repeats)])
     differences = pairs[:, 0] - pairs[:, 1]
-    error = 1.25 * differences.std() / np.sqrt(args.repeats)
-    print(f"with and without the start-up file: {np.median(pairs[:, 0]):.2f} and {np.median(pairs[:, 1]):.2f} ms")
-    print(f"median difference: {np.median(differences):.2f} ms (standard error {error:.2f})")
+    values = {
+        "with_ms": np.median(pairs[:, 0]),
+        "without_ms": np.median(pairs[:, 1]),
+        "difference_ms": np.median(differences),
+        "standard_error_ms": 1.25 * differences.std() / np.sqrt(args.repeats),
+    }
+    row = {"repeats": args.repeats, **{name: f"{value:.2f}" for name, value in values.items()}}
+    append_rows(RESULTS / "startup.csv", [row])
+    print(row)
 
 
 if __name__ == "__main__":
