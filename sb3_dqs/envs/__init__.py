@@ -1,3 +1,5 @@
-"""Environments in which a policy shows whether it keeps every good action."""
+"""Environments that show whether a policy keeps every good action; importing this package registers them."""
 
-import sb3_dqs.envs.multigoal  # noqa: F401  # registers it
+from sb3_dqs.envs.multigoal import MultiGoalEnv
+
+__all__ = ["MultiGoalEnv"]
