@@ -2,7 +2,10 @@
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
+
+from sb3_dqs.diagnostics.metrics import box_grid
 
 CENTERS = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
 HEIGHTS = np.array([0.85, 0.9, 0.95, 1.0])
@@ -38,8 +41,7 @@ def boltzmann_grid(ent_coef: float, n: int = 401) -> tuple[np.ndarray, np.ndarra
     :param n: points per dimension
     :return: grid of shape (n, n, 2) and probabilities of shape (n, n) that add up to 1
     """
-    axis = (np.arange(n) + 0.5) / n * 2 - 1
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+    grid = box_grid(2, n, th.float64).reshape(n, n, 2).numpy()
     log_density = reward(grid) / ent_coef
     density = np.exp(log_density - log_density.max())
     return grid, density / density.sum()

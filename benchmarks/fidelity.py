@@ -44,6 +44,7 @@ from sb3_dqs import DQS
 from sb3_dqs.critics import Energy, MlpCritic
 from sb3_dqs.denoiser_targets import LogDensity
 from sb3_dqs.density import log_det_tanh
+from sb3_dqs.diagnostics.metrics import sliced_wasserstein
 
 # Half as wide as the default, to save time; the learning rate falls to zero
 NET_ARCH, BATCH_SIZE, LEARNING_RATE = [128, 128], 256, 2e-3
@@ -164,14 +165,6 @@ def train_gaussian(target: Target, steps: int, seed: int) -> tuple[Policy, dict[
     return lambda n: draw(n)[0].detach(), {"entropy": entropy, "ess": np.nan, "forward": 1.0, "backward": 1.0}
 
 
-def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_projections: int = 128) -> float:
-    """Sliced Wasserstein-1 distance between two sets of as many points, shape (n, d)."""
-    directions = th.randn(n_projections if first.shape[1] > 1 else 1, first.shape[1])
-    directions = directions / directions.norm(dim=1, keepdim=True)
-    gaps = (directions @ first.T).sort(dim=1).values - (directions @ second.T).sort(dim=1).values
-    return gaps.abs().mean().item()
-
-
 @lru_cache
 def floors(name: str) -> tuple[float, float]:
     """Distance between two sets of exact samples (median), and their nearest-neighbour entropy."""
@@ -179,14 +172,14 @@ def floors(name: str) -> tuple[float, float]:
     with th.random.fork_rng():
         th.manual_seed(0)
         pairs = [target.sample(2 * N_ACTIONS).chunk(2) for _ in range(15)]
-        distance = float(np.median([sliced_wasserstein(first, second) for first, second in pairs]))
+        distance = float(np.median([sliced_wasserstein(first, second).item() for first, second in pairs]))
         return distance, float(np.mean([nearest_neighbour_entropy(first) for first, _ in pairs[:3]]))
 
 
 def distance_over_floor(name: str, sets: list[th.Tensor]) -> float:
     """Sliced Wasserstein distance of sets of actions to exact samples over that between exact sets; medians."""
     target = make_target(name)
-    distances = [sliced_wasserstein(actions, target.sample(N_ACTIONS)) for actions in sets]
+    distances = [sliced_wasserstein(actions, target.sample(N_ACTIONS)).item() for actions in sets]
     return float(np.median(distances)) / floors(name)[0]
 
 

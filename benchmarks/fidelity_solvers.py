@@ -14,9 +14,10 @@ from itertools import pairwise
 import torch as th
 from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
 from fidelity import N_ACTIONS, distance_over_floor, share_error
-from fidelity_targets import TARGETS, Target, box_grid, make_target
+from fidelity_targets import TARGETS, Target, make_target
 
 from sb3_dqs.density import log_det_tanh
+from sb3_dqs.diagnostics.metrics import box_grid
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.solvers import MAX_UNSQUASHED, Callback, Denoiser, Solver, dpm_solver_2m
 

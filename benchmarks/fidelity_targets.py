@@ -9,6 +9,7 @@ import torch as th
 from torch import nn
 
 from sb3_dqs.denoiser_targets import LogDensity
+from sb3_dqs.diagnostics.metrics import box_grid, grid_entropy, sample_grid
 
 SHARES = (0.1, 0.2, 0.3, 0.4)
 # One sign vector per mode; they differ in 3 to 4 of 6 dimensions, and in 8 or 9 of 17
@@ -62,26 +63,13 @@ def gaussians(centers: th.Tensor, shares: th.Tensor, std: float) -> LogDensity:
     return log_density
 
 
-def box_grid(dim: int, n: int) -> th.Tensor:
-    """Centres of n cells per dimension, shape (n**dim, dim)."""
-    axis = (th.arange(n) + 0.5) / n * 2 - 1
-    return th.cartesian_prod(*[axis] * dim).reshape(-1, dim)
-
-
 def on_grid(dim: int, log_density: LogDensity, modes: th.Tensor | None = None) -> Target:
     """One or two dimensions: samples (uniform within a cell) and entropy from a fine grid."""
-    n = 4000 if dim == 1 else 500
-    grid = box_grid(dim, n)
+    grid = box_grid(dim, 4000 if dim == 1 else 500)
     with th.no_grad():
-        log_mass = log_density(grid).double().log_softmax(dim=0)
-    mass = log_mass.exp()
-    entropy = -(mass * (log_mass - dim * math.log(2 / n))).sum().item()
-
-    def sample(count: int) -> th.Tensor:
-        cells = th.multinomial(mass, count, replacement=True)
-        return grid[cells] + (2 * th.rand(count, dim) - 1) / n
-
-    return Target(dim, log_density, sample, entropy, modes)
+        log_probs = log_density(grid).double().log_softmax(dim=0)
+    entropy = grid_entropy(log_probs, dim).item()
+    return Target(dim, log_density, lambda count: sample_grid(grid, log_probs, count), entropy, modes)
 
 
 def mixture(centers: th.Tensor, shares: th.Tensor, std: float) -> Target:
