@@ -131,7 +131,8 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
         optimizer.step()
         schedule.step()
         ess.append(float(metrics.get("ess", np.nan)))
-    critic, n_targets = model.critic, steps * BATCH_SIZE
+    critic: Any = model.critic
+    n_targets = steps * BATCH_SIZE
     return lambda n: th.as_tensor(model.predict(np.zeros((n, 1), np.float32))[0]), {
         "entropy": model.policy.entropy(obs[:1], n_actions=2048).item(),
         "ess": float(np.mean(ess[-steps // 4 :])),

@@ -90,7 +90,7 @@ def main() -> None:
         results = {}
         for name in args.algos:
             kwargs = {"ent_coef": args.ent_coef, "learning_starts": LEARNING_STARTS, "seed": seed, "device": "cpu"}
-            model = ALGORITHMS[name]("MlpPolicy", "sb3_dqs/MultiGoal-v0", **kwargs)  # type: ignore[arg-type]
+            model = ALGORITHMS[name]("MlpPolicy", "sb3_dqs/MultiGoal-v0", **kwargs)
             model.learn(args.steps, log_interval=10**9)
             trajectories, counts = run_episodes(model, N_EPISODES)
             results[name] = (model, trajectories)

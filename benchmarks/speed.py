@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from common import RESULTS, SizedEnv, append_rows, print_provenance, print_table, use_one_thread
@@ -73,7 +72,7 @@ Runs = dict[tuple[str, str], Callable[[], Any]]
 Times = dict[tuple[str, str], list[float]]
 
 
-def make_model(name: str, env: gym.Env | str, device: str, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+def make_model(name: str, env: Any, device: str, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """A model whose buffer has something in it, and whose logger is set up."""
     algorithm, defaults = ALGORITHMS[name]
     policy_kwargs = {"net_arch": [256, 256], **(policy_kwargs or {})}
@@ -120,9 +119,12 @@ def growth_runs(quantity: str, device: str) -> Runs:
     """DQS with each value of one quantity, the others being those of HalfCheetah-v5."""
     runs: Runs = {}
     for value in GROWTH[quantity]:
-        sizes = {"action dimension": {"action_dim": value}, "observation dimension": {"observation_dim": value}}
-        kwargs = {"n_mc_samples": {"n_mc_samples": value}, "diffusion_steps": {"policy_kwargs": {"diffusion_steps": value}}}
-        model = make_model("DQS", SizedEnv(**sizes.get(quantity, {})), device, **kwargs.get(quantity, {}))
+        env = {"action dimension": SizedEnv(action_dim=value), "observation dimension": SizedEnv(observation_dim=value)}
+        kwargs: dict[str, dict[str, Any]] = {
+            "n_mc_samples": {"n_mc_samples": value},
+            "diffusion_steps": {"policy_kwargs": {"diffusion_steps": value}},
+        }
+        model = make_model("DQS", env.get(quantity, SizedEnv()), device, **kwargs.get(quantity, {}))
         run = partial(train, model, value if quantity == "batch size" else BATCH_SIZE)
         runs[str(value), quantity] = predict(model, value) if "predict" in quantity else run
     return runs
