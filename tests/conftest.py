@@ -14,7 +14,8 @@ settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 # Small networks and batches: these tests check behaviour, not learning
-SMALL: dict[str, Any] = {"learning_starts": 20, "batch_size": 16, "buffer_size": 500, "n_mc_samples": 4, "diffusion_steps": 3}
+SMALL: dict[str, Any] = {"learning_starts": 20, "batch_size": 16, "buffer_size": 500, "n_mc_samples": 4}
+SMALL_POLICY: dict[str, Any] = {"net_arch": [8], "diffusion_steps": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +28,9 @@ def one_thread_and_one_seed():
 def make_model():
     """Factory of small models."""
 
-    def make(policy: str = "MlpPolicy", env: gym.Env | str = "Pendulum-v1", **kwargs: Any) -> DQS:
+    def make(policy: Any = "MlpPolicy", env: gym.Env | str = "Pendulum-v1", **kwargs: Any) -> DQS:
         kwargs = {**SMALL, "seed": 0, "device": "cpu"} | kwargs
-        kwargs["policy_kwargs"] = {"net_arch": [8]} | kwargs.get("policy_kwargs", {})
+        kwargs["policy_kwargs"] = SMALL_POLICY | kwargs.get("policy_kwargs", {})
         return DQS(policy, env, **kwargs)
 
     return make

@@ -1,6 +1,5 @@
 """Every observation space of SB3, and every box of actions."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -8,33 +7,16 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from toys import RandomEnv
 
 from sb3_dqs import DQS, MlpPolicy
 
 
-class RandomEnv(gym.Env):
-    """Samples observations from their space; the reward is a function of the action."""
-
-    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box):
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.observation_space.seed(seed)
-        self.n_steps = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        assert action in self.action_space, f"{action} ({action.dtype}) is not in {self.action_space}"
-        self.n_steps += 1
-        return self.observation_space.sample(), -float(np.mean(action)), False, self.n_steps >= 7, {}
-
-
-def learn_and_predict(observation_space, action_space, policy="MlpPolicy", **kwargs):
+def learn_and_predict(observation_space, action_space, policy="MlpPolicy", batch_size=4):
     env = RandomEnv(observation_space, action_space)
     model = DQS(
-        policy, env, learning_starts=5, batch_size=kwargs.pop("batch_size", 4), buffer_size=30, diffusion_steps=3,
-        n_mc_samples=2, policy_kwargs={"net_arch": [2]}, seed=0, device="cpu", **kwargs,
+        policy, env, learning_starts=5, batch_size=batch_size, buffer_size=30, n_mc_samples=2,
+        policy_kwargs={"net_arch": [2], "diffusion_steps": 3}, seed=0, device="cpu",
     )  # fmt: skip
     model.learn(12)
     obs, _ = env.reset()
@@ -66,8 +48,9 @@ def test_dictionary_of_spaces():
     learn_and_predict(space, BOX, "MultiInputPolicy")
 
 
-def test_batch_of_one():
-    learn_and_predict(OBSERVATION_SPACES["box"], BOX, batch_size=1)
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_small_batches(batch_size):
+    learn_and_predict(OBSERVATION_SPACES["box"], BOX, batch_size=batch_size)
 
 
 @st.composite
@@ -91,13 +74,12 @@ def test_any_box_of_actions(action_space):
 def test_saturated_actions_stay_in_the_action_space():
     """-1.7 + 0.5 * 2 * 2.3 rounds to more than 0.6 in float32."""
     space = spaces.Box(-1.7, 0.6, (3,), np.float32)
-    obs_space = spaces.Box(-1, 1, (2,), np.float32)
-    policy = MlpPolicy(obs_space, space, lambda _: 1e-3, net_arch=[8])
+    policy = MlpPolicy(BOX, space, lambda _: 1e-3, net_arch=[8])
     scaled = np.array([[1, -1, 1], [-1, 1, -1]], np.float32)
     for action in policy.unscale_action(scaled):
         assert space.contains(action)
     with th.no_grad():
-        policy.actor.denoiser[-1].bias.fill_(100.0)  # an actor that always answers the bound
+        policy.actor.net[-1].bias.fill_(100.0)  # an actor that always answers the bound
     actions, _ = policy.predict(np.zeros((4, 2), np.float32))
     assert all(space.contains(action) for action in actions)
     np.testing.assert_allclose(actions, space.high[None].repeat(4, 0), atol=1e-6)  # tanh(8) is a little less than 1

@@ -1,0 +1,438 @@
+"""DQS as a citizen of Stable-Baselines3: arguments, training, logging, noise, reproducibility."""
+
+import inspect
+import math
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from toys import OneStepEnv, RandomEnv, Recorder, same
+
+from sb3_dqs import DQS, MlpPolicy
+from sb3_dqs.critics import MlpCritic
+from sb3_dqs.density import log_det_tanh
+from sb3_dqs.temperature import LogLinearSchedule
+
+LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
+
+
+def short_episodes() -> RandomEnv:
+    """Of seven steps."""
+    return RandomEnv(spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (1,), np.float32))
+
+
+def record_batches(model: DQS) -> list:
+    """What the replay buffer returns from now on."""
+    batches, sample = [], model.replay_buffer.sample
+    model.replay_buffer.sample = lambda *args, **kwargs: batches.append(sample(*args, **kwargs)) or batches[-1]
+    return batches
+
+
+class TestArguments:
+    def test_are_those_of_sac_in_its_order_then_ours_by_keyword(self):
+        ours, sac = (inspect.signature(cls.__init__).parameters for cls in (DQS, SAC))
+        assert list(ours)[: len(sac)] == list(sac)
+        for name, parameter in sac.items():
+            assert ours[name].default == parameter.default, name
+            assert ours[name].kind == parameter.kind, name
+        for name in list(ours)[len(sac) :]:
+            assert ours[name].kind == inspect.Parameter.KEYWORD_ONLY, name
+
+    def test_are_attributes_and_documented(self, make_model):
+        model = make_model()
+        for name in inspect.signature(DQS.__init__).parameters:
+            if name not in ("self", "_init_setup_model"):
+                assert f":param {name}:" in DQS.__doc__
+                attribute = {"policy": "policy_class", "stats_window_size": "_stats_window_size"}.get(name, name)
+                assert hasattr(model, attribute), name
+
+    def test_policy_kwargs_of_the_caller_are_not_changed(self):
+        def policy_kwargs():
+            return {"net_arch": [4], "features_extractor_kwargs": {"features_dim": 8}, "normalize_images": False}
+
+        env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+        given = policy_kwargs()
+        model = DQS("CnnPolicy", env, policy_kwargs=given, buffer_size=10, use_sde=True)  # SB3 itself would add three entries
+        assert given == policy_kwargs() == model.policy_kwargs
+
+    def test_setup_model_later_and_twice(self):
+        model = DQS("MlpPolicy", "Pendulum-v1", buffer_size=10, use_sde=True, _init_setup_model=False)
+        assert not hasattr(model, "actor")
+        model._setup_model()
+        model._setup_model()
+        assert model.target_entropy == -1.0 and model.policy_kwargs == {} and model.actor.use_sde
+
+    @pytest.mark.parametrize("ent_coef", ["auto", "auto_0.1", 0.2, "log_linear_1.0_0.01", LogLinearSchedule(1.0, 0.01)])
+    def test_temperatures(self, make_model, ent_coef):
+        model = make_model(ent_coef=ent_coef).learn(100)
+        logged = model.logger.name_to_value
+        assert ("train/ent_coef_loss" in logged) == str(ent_coef).startswith("auto")
+        if isinstance(ent_coef, float):
+            assert logged["train/ent_coef"] == pytest.approx(0.2)
+        elif not str(ent_coef).startswith("auto"):  # it follows the progress
+            assert logged["train/ent_coef"] == pytest.approx(0.01, rel=0.1)
+
+    @pytest.mark.parametrize("denoiser_target", ["posterior_mean", "energy_gradient"])
+    @pytest.mark.parametrize("backup", ["soft", "hard"])
+    def test_denoiser_targets_and_backups(self, make_model, denoiser_target, backup):
+        model = make_model(denoiser_target=denoiser_target, backup=backup).learn(60)
+        for name in LOGGED:
+            assert np.isfinite(model.logger.name_to_value[f"train/{name}"]), name
+
+    @pytest.mark.parametrize(
+        ("train_freq", "gradient_steps", "n_updates"),
+        [(4, -1, 24), ((3, "step"), 2, 16), ((1, "episode"), -1, 28), ((1, "episode"), 0, 0)],
+    )
+    def test_train_frequencies(self, make_model, train_freq, gradient_steps, n_updates):
+        model = make_model(env=short_episodes(), train_freq=train_freq, gradient_steps=gradient_steps, learning_starts=0)
+        assert model.learn(24)._n_updates == n_updates
+
+
+class TestReproducibility:
+    def test_no_warning_in_construction_and_learning(self, make_model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_model().learn(60)
+
+    def test_same_seed_same_actions_and_rewards_however_verbose(self, make_model):
+        def run(**kwargs):
+            buffer = make_model(**kwargs).learn(300).replay_buffer
+            return buffer.actions.copy(), buffer.rewards.copy()
+
+        first, *others = run(), run(), run(verbose=2)
+        for other in others:
+            assert all(map(np.array_equal, first, other))
+        assert not np.array_equal(first[0], run(seed=1)[0])
+
+    @pytest.mark.parametrize("kwargs", [{}, {"ent_coef": 0.1, "denoiser_target": "energy_gradient"}])
+    def test_many_gradient_steps_are_as_many_calls_bit_for_bit(self, make_model, kwargs):
+        """Networks, optimizers, temperature and running means."""
+
+        def parameters(*gradient_steps):
+            model = make_model(policy_delay=2, target_update_interval=3, **kwargs).learn(30)
+            np.random.seed(1)
+            th.manual_seed(1)
+            for n in gradient_steps:
+                model.train(n, 16)
+            assert model._n_updates == 10 + 64
+            return model.get_parameters()
+
+        expected = parameters(64)
+        assert same(parameters(*[1] * 64), expected)
+        assert same(parameters(7, 57), expected)
+
+    def test_number_of_updates_counts_inside_the_loop(self, make_model):
+        model, seen = make_model().learn(30), []
+        sample = model.replay_buffer.sample
+        model.replay_buffer.sample = lambda *args, **kwargs: seen.append(model._n_updates) or sample(*args, **kwargs)
+        model.train(3, 16)
+        model.train(2, 16)
+        assert seen == [10, 11, 12, 13, 14] and model._n_updates == 15
+        before = model.get_parameters()
+        model.train(0, 16)
+        assert same(model.get_parameters(), before)
+
+
+class ConstantCritic(MlpCritic):
+    """Its target network answers 10; remembers what is asked."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def backup_values(self, obs, actions):
+        self.seen.append((obs, actions))
+        return th.full((len(actions), 1), 10.0)
+
+    def loss(self, obs, actions, targets):
+        self.seen.append((obs, actions, targets))
+        return super().loss(obs, actions, targets)
+
+
+class TestCritics:
+    @pytest.mark.parametrize("n_steps", [1, 3])
+    @pytest.mark.parametrize("backup", ["soft", "hard"])
+    def test_targets(self, make_model, backup, n_steps):
+        """``r + discount * (10 - ent_coef * log pi)``; the logged entropy is the mean of ``-log pi``."""
+        policy_kwargs = {"critic_class": ConstantCritic}
+        model = make_model(backup=backup, n_steps=n_steps, ent_coef=0.3, policy_kwargs=policy_kwargs).learn(40)
+        assert isinstance(model.replay_buffer, NStepReplayBuffer) == (n_steps > 1)
+        batches = record_batches(model)
+        model.train(1, 300)
+        (data,) = batches
+        next_obs, next_actions = model.critic_target.seen[-1]
+        obs, actions, targets = model.critic.seen[-1]
+        assert same([obs, actions, next_obs], [data.observations, data.actions, data.next_observations])
+        assert 0.9 < next_actions.abs().max() <= 1  # squashed
+        discounts = 0.99 if n_steps == 1 else data.discounts
+        bonus = (targets - data.rewards) / discounts - 10
+        entropy = model.logger.name_to_value["train/entropy"]
+        assert bonus.mean().item() == pytest.approx(0.3 * entropy if backup == "soft" else 0, abs=1e-5)
+        assert bonus.std() > 0.1 if backup == "soft" else bonus.abs().max() < 1e-5
+
+    def test_targets_of_terminal_states(self, make_model):
+        model = make_model(env=OneStepEnv(), policy_kwargs={"critic_class": ConstantCritic}).learn(30)
+        batches = record_batches(model)
+        model.train(1, 16)
+        assert th.equal(model.critic.seen[-1][2], batches[0].rewards)
+
+    def test_tau_and_target_update_interval_are_read_at_every_call(self, make_model):
+        model = make_model().learn(30)
+        before = [param.clone() for param in model.critic_target.parameters()]
+        model.tau = 0.0
+        model.train(2, 16)
+        assert same(before, list(model.critic_target.parameters()))
+        model.tau = 0.25
+        model.train(1, 16)
+        for online, old, target in zip(model.critic.parameters(), before, model.critic_target.parameters(), strict=True):
+            assert th.allclose(target, 0.25 * online + 0.75 * old, atol=1e-6)
+        model.tau, model.target_update_interval = 1.0, 3
+        is_updated = []
+        for _ in range(6):
+            model.train(1, 16)
+            is_updated.append(same(model.critic.state_dict(), model.critic_target.state_dict()))
+        # 13 updates so far: the next ones are those numbered 13, 14, 15
+        assert is_updated == [False, False, True] * 2
+
+    @pytest.mark.parametrize("gradient_steps", [1, 4])
+    @pytest.mark.parametrize("policy_delay", [1, 2, 3])
+    def test_policy_delay(self, make_model, policy_delay, gradient_steps):
+        """The actor is updated once every so many gradient steps, the critics at each."""
+        model, n = make_model(policy_delay=policy_delay, learning_starts=50).learn(50), {"actor": 0, "critic": 0}
+        for name in n:
+            step = getattr(model, name).optimizer.register_step_post_hook
+            step(lambda *args, name=name: n.update({name: n[name] + 1}))
+        for _ in range(12 // gradient_steps):
+            model.train(gradient_steps, 16)
+        assert n == {"actor": 12 // policy_delay, "critic": 12}
+
+
+GOAL = spaces.Box(-1, 1, (1,), np.float32)
+
+
+class MarkedGoals(gym.Env):
+    """The desired goal is -1, the achieved one is 1, and so is the goal of relabelled transitions."""
+
+    observation_space = spaces.Dict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), GOAL))
+    action_space = GOAL
+
+    def __init__(self):
+        values = {"observation": 0, "achieved_goal": 1, "desired_goal": -1}
+        self.goals = {name: np.array([value], np.float32) for name, value in values.items()}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n_steps = 0
+        return self.goals, {}
+
+    def step(self, action):
+        self.n_steps += 1
+        return self.goals, 0.0, False, self.n_steps >= 5, {}
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        return (achieved_goal == desired_goal).all(axis=-1).astype(np.float32)
+
+
+class TestActor:
+    """What its update asks of a denoiser's target."""
+
+    @pytest.mark.parametrize(("n_rows", "n_draws"), [(64, 4), (128, 4), (10, 4), (64, 1), (5, 8)])
+    def test_rows_are_as_many_as_came_back_in_no_order_and_none_is_preferred(self, make_model, n_rows, n_draws):
+        """One target per row of the batch, which can have another number of rows than was asked for."""
+        model, n_updates = make_model(denoiser_target=Recorder(), n_draws=n_draws, policy_delay=1).learn(25), 200
+        sample = model.replay_buffer.sample
+        number = th.arange(float(n_rows)).unsqueeze(1).expand(-1, 3)
+        model.replay_buffer.sample = lambda *args, **kwargs: sample(n_rows)._replace(observations=number)
+        model.target_estimator.seen.clear()
+        model.train(n_updates, 64)
+        densities, draws = zip(*model.target_estimator.seen, strict=True)
+        n_states = max(math.ceil(n_rows / n_draws), 2)
+        assert all(draw.x.shape == draw.denoised.shape == (n_states, n_draws, 1) for draw in draws)
+        rows = th.stack([density.obs[:, 0] for density in densities])
+        assert all(len(update.unique()) == n_states for update in rows)
+        share = n_states / n_rows
+        counts = rows.flatten().long().bincount(minlength=n_rows)
+        assert (counts - n_updates * share).abs().max() <= 5 * math.sqrt(n_updates * share * (1 - share))
+        # Every place sees all rows
+        assert (rows.mean(dim=0) - (n_rows - 1) / 2).abs().max() < 5 * n_rows / math.sqrt(12 * n_updates)
+
+    def test_relabelled_transitions_are_seen_in_the_proportion_of_the_batch(self, make_model):
+        """``HerReplayBuffer`` puts them at one end of the batch."""
+        kwargs = {"replay_buffer_class": HerReplayBuffer, "denoiser_target": Recorder(), "policy_delay": 1}
+        model = make_model("MultiInputPolicy", MarkedGoals(), **kwargs).learn(25)
+        batches = record_batches(model)
+        model.train(100, 64)
+        goals = th.cat([density.obs["desired_goal"] for density, _ in model.target_estimator.seen[-100:]])
+        share = (th.cat([data.observations["desired_goal"] for data in batches]) == 1).float().mean().item()
+        assert len(goals) == 100 * 16 and share == pytest.approx(0.8, abs=0.01)
+        assert (goals == 1).float().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 1600))
+
+    def test_density_is_that_of_the_squashed_critic_and_draws_are_of_the_actor(self, make_model):
+        model = make_model(env=OneStepEnv(), denoiser_target=Recorder()).learn(40)
+        actor, obs = model.actor, th.rand(400, 2)
+        with th.no_grad():
+            actor.net[-1].bias.add_(1.0)  # elsewhere than standard normal numbers
+        loss, metrics = model.actor_loss(obs, 0.2)
+        density, draws = model.target_estimator.seen[-1]
+        assert len(density.obs) == 100 and metrics == {}
+        with th.no_grad():
+            for k in range(4):
+                q_values = model.critic.q1_forward(density.obs, th.tanh(draws.u[:, k])).squeeze(1)
+                expected = q_values / 0.2 + log_det_tanh(draws.u[:, k])
+                assert th.allclose(density(draws.u)[:, k], expected, atol=1e-4)
+            embedding = actor.embed(density.obs).unsqueeze(1)
+            u = actor.sample(embedding, th.randn(100, 200, 2))
+            assert ((draws.u.mean(dim=(0, 1)) - u.mean(dim=(0, 1))).abs() < 5 * u.std(dim=(0, 1)) / 20).all()
+            noise = (draws.x - draws.u) / draws.sigma
+            assert noise.mean().abs() < 5 / math.sqrt(800) and abs(noise.var() - 1) < 5 * math.sqrt(2 / 800)
+            assert th.allclose(draws.denoised, actor.denoise(embedding, draws.x, draws.sigma), atol=1e-5)
+            assert th.allclose(draws.std, actor.get_std(), rtol=0.2)
+            expected = ((draws.denoised - draws.u) / actor.noise.c_out(draws.sigma)).pow(2).mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        loss.backward()
+        assert all(param.grad is not None for param in actor.parameters())
+
+    def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
+        model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
+        model.train(30, 100)
+        expected = model.policy.entropy(model.replay_buffer.sample(20).observations, n_actions=200).mean().item()
+        # Half as many traces as the policy itself takes
+        assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected, abs=0.3)
+
+    @pytest.mark.parametrize("dtype", [None, th.bfloat16])
+    def test_training_in_both_precisions(self, make_model, dtype):
+        model = make_model().learn(30)
+        model.actor.training_dtype = dtype
+        model.train(5, 64)
+        assert all(param.dtype == th.float32 and param.isfinite().all() for param in model.policy.parameters())
+
+    def test_learns_in_the_states_it_acts_in(self):
+        model = DQS("MlpPolicy", OneStepEnv(), ent_coef=0.3, learning_rate=3e-3, learning_starts=100, batch_size=64, seed=0,
+                    policy_kwargs={"net_arch": [32]}, device="cpu")  # fmt: skip
+        model.learn(900)
+        action, _ = model.predict(np.array([1, 0], np.float32), deterministic=True)
+        assert np.abs(action - 0.7).max() < 0.25
+
+
+class TestNamesOfSac:
+    def test_action_log_prob(self, make_model):
+        model, obs = make_model(policy_kwargs={"diffusion_steps": 8}).learn(30), th.rand(100, 3)
+        with th.no_grad():
+            actions, log_prob = model.actor.action_log_prob(obs)
+        assert actions.shape == (100, 1) and log_prob.shape == (100,) and (actions.abs() <= 1).all()
+        errors = log_prob - model.policy.log_prob(obs, actions)
+        assert errors.abs().mean() < 0.4 * log_prob.std()
+
+    def test_tuned_temperature(self, make_model):
+        model = make_model(ent_coef="auto_0.5")
+        assert float(model.log_ent_coef) == pytest.approx(math.log(0.5))
+        assert float(model.ent_coef_tensor) == pytest.approx(0.5)
+        model.learn(40)
+        assert 0.9 < float(model.ent_coef_tensor) / math.exp(model.log_ent_coef) < 1.1 and model.log_ent_coef != math.log(0.5)
+        with pytest.raises(AttributeError, match=r"model\.temperature\.update"):
+            _ = model.ent_coef_optimizer
+
+    def test_temperature_that_is_not_tuned(self, make_model):
+        assert float(make_model(ent_coef=0.3).ent_coef_tensor) == pytest.approx(0.3)
+        model = make_model(ent_coef="log_linear_1.0_0.01").learn(50)
+        assert float(model.ent_coef_tensor) == pytest.approx(0.01, rel=0.1)
+        assert model.log_ent_coef is None and not hasattr(model, "ent_coef_optimizer")
+
+    def test_learning_rate_schedule(self, make_model):
+        model = make_model(learning_rate=lambda progress: 1e-3 * progress).learn(50)
+        model.train(gradient_steps=3)
+        learning_rate = 1e-3 * model._current_progress_remaining
+        assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate)
+        # The temperature's: an entropy far above its target lowers log ent_coef by one learning rate per step
+        model.temperature.target_entropy = -1e6
+        before = model.log_ent_coef.item()
+        model.train(gradient_steps=3)
+        assert before - model.log_ent_coef.item() == pytest.approx(3 * learning_rate, rel=1e-2)
+
+
+class TestExploration:
+    @pytest.mark.parametrize("noise", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
+    def test_action_noise(self, make_model, noise):
+        for env in ("Pendulum-v1", make_vec_env("Pendulum-v1", 2)):
+            make_model(env=env, action_noise=noise(np.zeros(1), 0.1 * np.ones(1))).learn(40)
+
+    @pytest.mark.parametrize("n_envs", [1, 3])
+    def test_use_sde_holds_the_noise(self, make_model, n_envs):
+        model = make_model(env=make_vec_env("Pendulum-v1", n_envs), use_sde=True, sde_sample_freq=4, train_freq=8)
+        model.learn(120, log_interval=1)
+        obs = model.env.reset()
+        first, again = (model.predict(obs, deterministic=False)[0] for _ in range(2))
+        assert np.array_equal(first, again)
+        model.policy.reset_noise(n_envs)
+        assert not np.array_equal(first, model.predict(obs, deterministic=False)[0])
+        # A batch of another size takes the first noise
+        assert model.predict(np.tile(obs[:1], (7, 1)))[0].shape == (7, 1)
+
+    def test_use_sde_explores_from_the_beginning_and_logs_std(self, make_model):
+        kwargs = {"use_sde_at_warmup": True, "train_freq": (1, "episode"), "learning_starts": 150}
+        model = make_model(use_sde=True, **kwargs)
+        logged = {}
+        model.set_logger(configure(None, []))
+        dump = model.logger.dump
+        model.logger.dump = lambda step: (logged.update(model.logger.name_to_value), dump(step))
+        model.learn(200, log_interval=1)
+        assert logged["train/std"] == pytest.approx(model.actor.get_std().mean().item(), rel=0.1)
+        # A smooth function of the state: with held noise, actions change by far less than independent draws would
+        actions = model.replay_buffer.actions[:150].ravel()
+        assert np.abs(np.diff(actions)).mean() < 0.5 * np.abs(actions - np.random.permutation(actions)).mean()
+
+    def test_reset_noise_without_use_sde_names_the_remedy(self, make_model):
+        with pytest.raises(ValueError, match="use_sde=True"):
+            make_model().policy.reset_noise()
+
+
+class TestSurroundings:
+    def test_her(self, make_model):
+        env = BitFlippingEnv(n_bits=4, continuous=True)
+        model = make_model("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=30).learn(80)
+        assert env.action_space.contains(model.predict(env.reset()[0], deterministic=True)[0])
+
+    def test_vec_normalize_and_subprocesses(self, make_model):
+        subprocesses = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "fork"}}
+        env = VecNormalize(make_vec_env("Pendulum-v1", 2, **subprocesses), clip_reward=1e-3)
+        model = make_model(env=env, gradient_steps=-1).learn(60)
+        batches = record_batches(model)
+        model.train(1, 16)
+        assert 0 < batches[0].rewards.abs().max() <= 1.1e-3 < np.abs(model.replay_buffer.rewards).max()
+        env.close()
+
+    def test_callbacks_and_evaluation(self, make_model, tmp_path):
+        evaluation = EvalCallback(short_episodes(), eval_freq=40, best_model_save_path=str(tmp_path), warn=False, verbose=0)
+        checkpoint = CheckpointCallback(30, str(tmp_path), save_replay_buffer=True)
+        callbacks = CallbackList([checkpoint, evaluation, StopTrainingOnMaxEpisodes(6)])
+        model = make_model(env=short_episodes()).learn(1000, callback=callbacks)
+        assert model.num_timesteps == 42
+        names = {path.name for path in tmp_path.iterdir()}
+        assert {"best_model.zip", "rl_model_30_steps.zip", "rl_model_replay_buffer_30_steps.pkl"} <= names
+        mean_return, _ = evaluate_policy(model, model.env, n_eval_episodes=1, warn=False)
+        assert np.isfinite(mean_return)
+
+    def test_logged_names_and_the_name_of_the_run(self, make_model, tmp_path):
+        make_model(env=short_episodes(), tensorboard_log=str(tmp_path)).learn(50, log_interval=1)
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        tags = set(EventAccumulator(str(tmp_path / "DQS_1")).Reload().Tags()["scalars"])
+        assert {f"train/{name}" for name in LOGGED if name != "n_updates"} | {"rollout/ep_rew_mean", "time/fps"} <= tags
+
+    def test_policy_by_class_and_custom_logger(self, make_model, tmp_path):
+        model = make_model(MlpPolicy, short_episodes())
+        model.set_logger(configure(str(tmp_path), ["csv"]))
+        model.learn(50, log_interval=1)
+        assert "train/critic_loss" in (tmp_path / "progress.csv").read_text()

@@ -1,0 +1,366 @@
+"""Networks and policies: what deterministic means, architectures, features extractors, modules of users, export."""
+
+import io
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from torch import nn
+from toys import OneStepEnv, same
+
+from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dqs.critics import MlpCritic
+from sb3_dqs.policies import DQSPolicy
+
+OBS = spaces.Box(-1, 1, (3,), np.float32)
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make_policy(**kwargs) -> DQSPolicy:
+    return DQSPolicy(OBS, ACTIONS, lambda _: 1e-3, **({"net_arch": [16]} | kwargs)).eval()
+
+
+class TestDeterministic:
+    def test_depends_on_the_actor_and_the_observation_only(self):
+        policy, obs = make_policy(), np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
+        actions, _ = policy.predict(obs, deterministic=True)
+        th.manual_seed(1)  # not on random state
+        assert np.array_equal(actions, policy.predict(obs, deterministic=True)[0])
+        for param in policy.critic.parameters():  # not on the critic
+            nn.init.normal_(param)
+        assert np.array_equal(actions, policy.predict(obs, deterministic=True)[0])
+        # not on the rest of the batch (up to the order in which a matrix product adds)
+        alone = np.stack([policy.predict(row, deterministic=True)[0] for row in obs])
+        np.testing.assert_allclose(actions, alone, atol=1e-5)
+        # and it is the actor's own
+        with th.no_grad():
+            assert th.equal(policy(th.as_tensor(obs), deterministic=True), policy.actor(th.as_tensor(obs), deterministic=True))
+
+    def test_is_the_same_for_two_policies_of_the_same_weights_and_stochastic_is_not(self):
+        first, second, obs = make_policy(), make_policy(), np.zeros((1, 3), np.float32)
+        second.load_state_dict(first.state_dict())
+        for deterministic in (True, False):
+            actions = [policy.predict(obs, deterministic=deterministic)[0] for policy in (first, second)]
+            assert np.array_equal(*actions) == deterministic
+
+    def test_best_of_n_by_q_takes_the_most_valuable(self):
+        policy, obs = make_policy(best_of_n_by_q=8), th.randn(4, 3)
+        with th.no_grad():
+            u = policy.actor.sample(policy.actor.embed(obs).unsqueeze(1), policy.latent_bank.expand(4, -1, -1))
+            assert u.shape == (4, 8, 2)
+            energy, chosen = policy.critic.energy(obs), policy(obs, deterministic=True)
+            assert th.allclose(energy(chosen.unsqueeze(1)).squeeze(1), energy(th.tanh(u)).max(dim=1).values)
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize(
+        ("net_arch", "actor_widths", "critic_widths"),
+        [
+            (None, [256, 256, 1], [256, 256, 1]),
+            ([], [1], [1]),
+            ([2], [2, 1], [2, 1]),
+            ({"pi": [8], "qf": [4, 4]}, [8, 1], [4, 4, 1]),
+            ({"pi": [], "qf": [4]}, [1], [4, 1]),
+        ],
+    )
+    @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+    def test_net_arch_and_activation(self, make_model, net_arch, actor_widths, critic_widths, activation_fn):
+        model = make_model(policy_kwargs={"net_arch": net_arch, "activation_fn": activation_fn}).learn(40)
+        # The actor's first layer is the sum of three
+        nets = ([model.actor.embed_features, *model.actor.net], actor_widths), (model.critic.q_networks[1], critic_widths)
+        for net, widths in nets:
+            assert [layer.out_features for layer in net if isinstance(layer, nn.Linear)] == widths
+            assert sum(isinstance(layer, activation_fn) for layer in net) == len(widths) - 1
+        assert np.isfinite(model.predict(model.env.reset(), deterministic=True)[0]).all()
+
+    def test_optimizer_and_number_of_critics(self, make_model):
+        kwargs = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-4}, "n_critics": 3}
+        model = make_model(policy_kwargs=kwargs).learn(40)
+        for net in (model.actor, model.critic):
+            assert isinstance(net.optimizer, RMSpropTFLike) and net.optimizer.defaults["eps"] == 1e-4
+        assert len(model.critic.q_networks) == len(model.critic_target.q_networks) == 3
+
+    def test_images_and_dictionaries(self, make_model):
+        env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+        kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+        model = make_model("CnnPolicy", env, buffer_size=50, policy_kwargs=kwargs).learn(30)
+        assert isinstance(model.actor.features_extractor, NatureCNN) and isinstance(model.policy, CnnPolicy)
+
+        env = SimpleMultiObsEnv(num_col=2, num_row=2, discrete_actions=False, channel_last=False)
+        model = make_model("MultiInputPolicy", env, buffer_size=50, policy_kwargs={"share_features_extractor": True}).learn(30)
+        assert isinstance(model.policy, MultiInputPolicy)
+
+    def test_images_that_are_normalized_already(self, make_model):
+        class Normalized(gym.ObservationWrapper):
+            def __init__(self, env):
+                super().__init__(env)
+                self.observation_space = spaces.Box(0, 1, env.observation_space.shape, np.float32)
+
+            def observation(self, observation):
+                return (observation / 255).astype(np.float32)
+
+        env = Normalized(FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True))
+        make_model("CnnPolicy", env, buffer_size=50, policy_kwargs={"normalize_images": False}).learn(30)
+
+    def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
+        with pytest.warns(UserWarning) as caught:
+            make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
+        messages = [str(warning.message) for warning in caught]
+        assert [sum(name in text for text in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
+
+    @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, np.inf])
+    def test_absurd_weights_give_finite_actions(self, scale):
+        policy = make_policy()
+        with th.no_grad():
+            for param in policy.actor.parameters():
+                param.copy_(scale * th.randn_like(param))
+        for deterministic in (True, False):
+            actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
+            assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
+
+    def test_buffers_are_of_floats_and_move_with_the_policy(self):
+        policy = make_policy(use_sde=True, best_of_n_by_q=4)
+        assert all(tensor.is_floating_point() for tensor in policy.state_dict().values())
+        assert all(tensor.device.type == "meta" for tensor in policy.to("meta").buffers())
+
+    def test_save_and_load(self, tmp_path):
+        kwargs = {"share_features_extractor": True, "best_of_n_by_q": 4, "diffusion_steps": 4, "critic_class": OtherCritic}
+        policy = MlpPolicy(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
+        policy.save(str(tmp_path / "policy.pt"))
+        loaded = MlpPolicy.load(str(tmp_path / "policy.pt"))
+        assert loaded.share_features_extractor and loaded.best_of_n_by_q == 4 and loaded.actor.diffusion_steps == 4
+        assert isinstance(loaded.critic, OtherCritic) and same(policy.state_dict(), loaded.state_dict())
+        obs = np.ones((2, 3), np.float32)
+        assert np.array_equal(*(each.predict(obs, deterministic=True)[0] for each in (policy, loaded)))
+
+    def test_parameters_to_vector_and_back(self):
+        policy = make_policy()
+        policy.load_from_vector(policy.parameters_to_vector() * 0)
+        assert not policy.parameters_to_vector().any()
+
+    def test_shapes_of_density_and_entropy(self):
+        policy = make_policy()
+        assert policy.log_prob(th.zeros(4, 3), th.zeros(4, 2)).shape == (4,)
+        assert policy.entropy(th.zeros(4, 3), n_actions=3).shape == (4,)
+
+
+class OtherCritic(MlpCritic):
+    """To be told from the usual one."""
+
+
+class NormExtractor(BaseFeaturesExtractor):
+    """With parameters, batch normalisation and dropout, for vectors. Remembers whether it was in training mode."""
+
+    def __init__(self, observation_space: spaces.Space, width: int = 5):
+        super().__init__(observation_space, width)
+        self.linear = nn.Linear(spaces.flatdim(observation_space), width)
+        self.layers = nn.Sequential(nn.BatchNorm1d(width), nn.Dropout(0.5))
+        self.modes = []
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        self.modes.append(self.training)
+        return self.layers(self.linear(observations))
+
+
+class TableExtractor(FlattenExtractor):
+    """Makes a table at its first call, as of positions or masks."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space)
+        self.scale, self.table = nn.Parameter(th.ones(self.features_dim)), None
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.table is None:
+            self.table = th.linspace(0.5, 1, self.features_dim)
+        return super().forward(observations) * (self.table * self.scale)
+
+
+class EnergyExtractor(FlattenExtractor):
+    """Its features are the gradient of a learnt potential."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space)
+        self.potential = nn.Sequential(nn.Linear(self.features_dim, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        with th.enable_grad():
+            x = observations.detach().clone().requires_grad_(True)
+            return th.autograd.grad(self.potential(x).sum(), x, create_graph=True)[0]
+
+
+class NormCritic(MlpCritic):
+    """A layer of normalisation after every hidden layer."""
+
+    def __init__(self, *args, norm, **kwargs):
+        super().__init__(*args, **kwargs)
+        for q_net in self.q_networks:
+            q_net.insert(1, norm(q_net[0].out_features))
+
+
+class NormReLU(nn.Sequential):
+    """An activation that normalises."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(8), nn.ReLU())
+
+
+def statistics(module: nn.Module) -> dict[str, th.Tensor]:
+    """Running statistics of batch normalisation."""
+    return {name: value.clone() for name, value in module.state_dict().items() if "running_" in name or "tracked" in name}
+
+
+class TestModulesOfUsers:
+    @pytest.mark.parametrize("share", [False, True])
+    def test_features_extractor(self, make_model, share):
+        """It learns from the actor, and is in training mode where SAC's is; targets never are."""
+        kwargs = {"features_extractor_class": NormExtractor, "share_features_extractor": share}
+        model = make_model(policy_kwargs=kwargs).learn(30)
+        actors, critics, targets = (net.features_extractor for net in (model.actor, model.critic, model.critic_target))
+        assert (critics is actors) == share and targets is not critics
+        before, n_modes = actors.linear.weight.clone(), [len(net.modes) for net in (actors, critics, targets)]
+        model.train(4, 16)  # two of them update the actor
+        assert not th.equal(before, actors.linear.weight)
+        modes = [net.modes[n:] for net, n in zip((actors, critics, targets), n_modes, strict=True)]
+        if share:
+            # action_log_prob, critic.loss, actor_loss, and candidates
+            assert modes[0] == [True, True, True, False, True, True] * 2
+        else:
+            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, True] * 2
+        assert modes[2] == [False] * 4
+        model.predict(np.zeros(3, np.float32))
+        assert not actors.modes[-1]
+
+    @pytest.mark.xfail(strict=True, reason="predict() runs in inference mode")
+    @pytest.mark.parametrize("cls", ["TableExtractor", "EnergyExtractor"])
+    def test_features_extractor_that_caches_or_differentiates(self, make_model, cls):
+        make_model(policy_kwargs={"features_extractor_class": globals()[cls]}).learn(40)
+
+    def test_running_statistics_of_targets_are_those_of_the_critics(self, make_model):
+        model = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30)
+        model.train(2, 16)
+        first, second = statistics(model.critic), statistics(model.critic_target)
+        running = [name for name in first if "running_" in name]
+        assert running and all(th.equal(first[name], second[name]) for name in running)
+
+    @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+    def test_norm_in_critics(self, make_model, norm):
+        """Batch normalisation counts the batches it has seen in training mode: one per gradient step, no candidates."""
+        kwargs = {"critic_class": NormCritic, "critic_kwargs": {"norm": norm}}
+        model = make_model(policy_kwargs=kwargs, denoiser_target="energy_gradient").learn(30)
+        before = statistics(model.critic)
+        model.actor_loss(model.replay_buffer.sample(16).observations, 0.1)[0].backward()
+        assert same(statistics(model.critic), before) and model.critic.training
+        model.train(4, 16)
+        for name, value in statistics(model.critic).items():
+            if "tracked" in name:
+                assert value == before[name] + 4
+            assert not th.equal(value, before[name])
+        assert bool(before) == (norm is nn.BatchNorm1d)
+
+    def test_batch_norm_in_the_actor(self, make_model):
+        model = make_model(policy_kwargs={"activation_fn": NormReLU}).learn(30)
+        before = statistics(model.actor)
+        model.predict(np.zeros((2, 3), np.float32))
+        assert same(statistics(model.actor), before)
+        model.train(2, 16)
+        assert all(not th.equal(value, before[name]) for name, value in statistics(model.actor).items())
+
+    @pytest.mark.parametrize("method", ["log_prob", "entropy"])
+    def test_density_and_entropy_are_those_of_evaluation_mode(self, make_model, method):
+        policy = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30).policy
+        policy.set_training_mode(True)
+        before = statistics(policy)
+        arguments = {"log_prob": (th.zeros(1, 3), th.zeros(1, 1)), "entropy": (th.zeros(1, 3),)}
+        assert getattr(policy, method)(*arguments[method]).isfinite().all()
+        assert same(statistics(policy), before)
+
+    def test_hooks_of_every_layer_are_called_in_acting_and_training(self, make_model):
+        model = make_model(env=OneStepEnv(), policy_kwargs={"net_arch": [8, 8], "best_of_n_by_q": 2}).learn(30)
+        obs = np.zeros((1, 2), np.float32)
+        for net, acts in ((model.actor, True), (model.critic.q_networks[0], True), (model.critic.q_networks[1], False)):
+            for name, layer in net.named_modules():
+                if not isinstance(layer, (nn.Linear, nn.ReLU)):
+                    continue
+                calls = []
+                handle = layer.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output))
+                model.predict(obs, deterministic=True)
+                assert bool(calls) == acts, name
+                calls.clear()
+                model.train(2, 16)
+                assert calls, name
+                handle.remove()
+
+
+class BrokenCritic(MlpCritic):
+    """Wrong in one way."""
+
+    def __init__(self, *args, method, **kwargs):
+        super().__init__(*args, **kwargs)
+        setattr(self, *WRONG[method])
+
+
+def fail(obs, *actions):
+    raise RuntimeError("no such layer")
+
+
+WRONG = {
+    "energy fails": ("energy", fail),
+    "energy is of one action": ("energy", lambda obs: lambda actions: actions[:, 0, 0]),
+    "energy has one dimension too many": ("energy", lambda obs: lambda actions: actions),
+    "backup_values fails": ("backup_values", fail),
+    "backup_values has one dimension": ("backup_values", lambda obs, actions: actions[:, 0]),
+    "backup_values is a tuple": ("backup_values", lambda obs, actions: (actions, actions)),
+}
+
+
+class TestCriticsThatCannotWork:
+    @pytest.mark.parametrize(
+        "method", [*list(WRONG)[:-1], pytest.param(list(WRONG)[-1], marks=pytest.mark.xfail(strict=True))]
+    )
+    def test_are_refused_when_built_with_their_name(self, make_model, method):
+        kwargs = {"critic_class": BrokenCritic, "critic_kwargs": {"method": method}}
+        with pytest.raises(ValueError, match=r"`critic_class`=BrokenCritic") as error:
+            make_model(policy_kwargs=kwargs)
+        message = str(error.value)
+        assert "no such layer" in message if "fails" in method else method.split()[0] in message
+
+    def test_checking_leaves_their_statistics(self):
+        kwargs = {"critic_class": NormCritic, "critic_kwargs": {"norm": nn.BatchNorm1d}}
+        policy = DQSPolicy(OBS, ACTIONS, lambda _: 1e-3, net_arch=[8], **kwargs)
+        assert all((value == 1).all() if "var" in name else not value.any() for name, value in statistics(policy).items())
+
+
+class DeterministicPolicy(nn.Module):
+    """What one exports: observation in, scaled action out."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs):
+        return self.policy(obs, deterministic=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("best_of_n_by_q", [None, 4])
+def test_export_of_the_deterministic_path_for_batches_of_any_size(best_of_n_by_q):
+    module = DeterministicPolicy(make_policy(diffusion_steps=4, best_of_n_by_q=best_of_n_by_q)).eval()
+    dynamic_shapes = ({0: th.export.Dim("batch", min=1, max=4096)},)
+    with th.no_grad():
+        exported = th.export.export(module, (th.randn(2, 3),), dynamic_shapes=dynamic_shapes).module()
+        buffer = io.BytesIO()
+        program = th.onnx.export(module, (th.randn(2, 3),), dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False)
+        program.save(buffer)
+        session = onnxruntime.InferenceSession(buffer.getvalue())
+        for batch_size in (1, 2, 300):
+            obs = th.randn(batch_size, 3)
+            expected = module(obs)
+            assert th.allclose(exported(obs), expected, atol=1e-5)
+            (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
+            np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)

@@ -1,0 +1,198 @@
+"""Saving, loading, going on: bit for bit where SB3's SAC is."""
+
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.vec_env import DummyVecEnv
+from toys import same
+
+from sb3_dqs import DQS
+from sb3_dqs.noise import NoiseLevels
+
+# What steers learning besides the networks and their optimizers
+STEERING = (
+    "temperature.log_ent_coef",
+    "temperature.mean_error.value",
+    "target_estimator.mean_ess.value",
+    "actor.variance.value",
+)
+
+
+def get(model: DQS, name: str) -> th.Tensor:
+    value = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value.clone()
+
+
+@pytest.mark.parametrize("ent_coef", ["auto", 0.1, "log_linear_1.0_0.1"])
+def test_save_and_load(make_model, tmp_path, ent_coef):
+    model = make_model(ent_coef=ent_coef).learn(60)
+    model.save(tmp_path / "model")
+    loaded = DQS.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"))
+    assert same(model.get_parameters(), loaded.get_parameters())
+    assert loaded.ent_coef_tensor == model.ent_coef_tensor
+    assert loaded.num_timesteps == model.num_timesteps and loaded._n_updates == model._n_updates
+    obs = np.zeros((2, 3), np.float32)
+    assert np.array_equal(*(each.predict(obs, deterministic=True)[0] for each in (model, loaded)))
+    loaded.learn(60, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("way", ["load", "set_parameters of a file", "set_parameters of get_parameters"])
+def test_everything_that_steers_learning_is_carried(make_model, tmp_path, way):
+    model, other = make_model().learn(60), make_model(seed=1)
+    assert all((get(model, name) != get(other, name)).all() for name in STEERING)
+    model.save(tmp_path / "model")
+    if way == "load":
+        other = DQS.load(tmp_path / "model")
+    else:
+        other.set_parameters(model.get_parameters() if "get" in way else tmp_path / "model")
+    assert all(th.equal(get(model, name), get(other, name)) for name in STEERING)
+    assert same(model.get_parameters(), other.get_parameters())
+
+
+def test_names_of_parameters(make_model):
+    names = ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"]
+    for ent_coef in ("auto", 0.1):
+        assert list(make_model(ent_coef=ent_coef).get_parameters()) == names
+
+
+@pytest.mark.parametrize("missing", ["policy", "critic.optimizer", "temperature", "target_estimator"])
+def test_parameters_that_lack_a_part_are_refused_unless_exact_match_is_off(make_model, missing):
+    model, other = make_model().learn(30), make_model(seed=1)
+    params = model.get_parameters()
+    del params[missing]
+    with pytest.raises(ValueError, match=missing):
+        make_model().set_parameters(params)
+    before = other.get_parameters()[missing]
+    other.set_parameters(params, exact_match=False)
+    after = other.get_parameters()
+    assert same(after.pop(missing), before) and same(after, params) and missing not in params
+
+
+def test_weights_that_do_not_fit_are_refused(make_model):
+    params = make_model().get_parameters()
+    del params["policy"]["actor.variance.value"]
+    with pytest.raises(RuntimeError, match=r"actor\.variance\.value"):
+        make_model().set_parameters(params)
+    make_model().set_parameters(params, exact_match=False)
+
+
+@pytest.mark.parametrize("saved", ["auto", 0.1, "log_linear_1.0_0.1"])
+@pytest.mark.parametrize("own", ["auto_0.2", 0.2, "log_linear_0.2_0.1"])
+def test_another_kind_of_ent_coef(make_model, tmp_path, saved, own):
+    """Of two tuned temperatures the saved one is taken, otherwise the own one; the rest is loaded in any case."""
+    first, second = make_model(ent_coef=saved).learn(40), make_model(ent_coef=own, seed=1)
+    first.save(tmp_path / "model")
+    loaded = DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"), ent_coef=own)
+    params = first.get_parameters()
+    second.set_parameters(params)
+    assert same(params, first.get_parameters())  # the dictionary of the user is as before
+    is_tuned = saved == "auto" and own == "auto_0.2"
+    for model in (loaded, second):
+        assert same(model.policy.state_dict(), first.policy.state_dict())
+        assert same(model.target_estimator.state_dict(), first.target_estimator.state_dict())
+        assert float(model.temperature(1.0)) == pytest.approx(float(first.temperature(1.0)) if is_tuned else 0.2)
+    loaded.learn(40, reset_num_timesteps=False)
+
+
+def test_another_kind_of_denoiser_target(make_model, tmp_path):
+    make_model().learn(40).save(tmp_path / "model")
+    DQS.load(tmp_path / "model", denoiser_target="energy_gradient", env=gym.make("Pendulum-v1")).learn(40)
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_policy_kwargs_may_be_given_again(make_model, tmp_path, use_sde):
+    model = make_model(use_sde=use_sde, policy_kwargs={"noise": NoiseLevels(sigma_min=0.02), "critic_kwargs": {}})
+    model.save(tmp_path / "model")
+    given = {"net_arch": [8], "diffusion_steps": 3, "noise": NoiseLevels(sigma_min=0.02), "critic_kwargs": {}}
+    loaded = DQS.load(tmp_path / "model", policy_kwargs=given)
+    assert loaded.policy_kwargs == given == model.policy_kwargs
+    assert loaded.actor.use_sde == use_sde and loaded.actor.noise.sigma_min == 0.02 and loaded.actor.diffusion_steps == 3
+    with pytest.raises(ValueError, match="do not equal the stored policy kwargs"):
+        DQS.load(tmp_path / "model", policy_kwargs={**given, "diffusion_steps": 4})
+
+
+def test_load_with_other_arguments(make_model, tmp_path):
+    make_model().save(tmp_path / "model")
+    loaded = DQS.load(tmp_path / "model", learning_rate=0.0, n_mc_samples=3, buffer_size=1)
+    assert loaded.n_mc_samples == loaded.target_estimator.pooled.n_samples == 3 and loaded.env is None
+    loaded.predict(np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"`n_mc_samples` must be an integer >= 2, got 0\."):
+        DQS.load(tmp_path / "model", n_mc_samples=0)
+
+
+def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
+    make_model().learn(30).save(tmp_path / "dqs")
+    SAC("MlpPolicy", "Pendulum-v1", buffer_size=100).save(tmp_path / "sac")
+
+    def keys(path):
+        with zipfile.ZipFile(path) as archive:
+            return set(json.loads(archive.read("data")))
+
+    ours = {"n_mc_samples", "n_draws", "denoiser_target", "policy_delay", "backup", "augmentation", "compile"}
+    assert keys(tmp_path / "dqs.zip") - keys(tmp_path / "sac.zip") == ours
+
+
+def test_set_env(make_model, tmp_path):
+    model = make_model().learn(30)
+    model.set_env(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    model.learn(30)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        model.set_env(gym.make("MountainCarContinuous-v0"))
+    model.save(tmp_path / "model")
+    loaded = DQS.load(tmp_path / "model")
+    loaded.set_env(gym.make("Pendulum-v1"))
+    loaded.learn(30)
+
+
+def test_replay_buffer(make_model, tmp_path):
+    model, other = make_model().learn(40), make_model()
+    model.save_replay_buffer(tmp_path / "buffer")
+    other.load_replay_buffer(tmp_path / "buffer")
+    assert np.array_equal(model.replay_buffer.actions, other.replay_buffer.actions)
+
+
+# Loads a model and its buffer, and goes on; in a process of its own
+RESUME = """
+import sys, torch as th
+from sb3_dqs import DQS
+from test_save_load import go_on
+
+th.set_num_threads(1)
+folder = sys.argv[1]
+model = DQS.load(f"{folder}/model", device="cpu")
+model.load_replay_buffer(f"{folder}/buffer")
+go_on(model)
+model.save(f"{folder}/resumed")
+"""
+
+
+def go_on(model: DQS) -> None:
+    """SB3 saves neither the environment nor the state of the random generators: both are reset."""
+    model.set_env(gym.make("Pendulum-v1"), force_reset=True)
+    random.seed(7)
+    np.random.seed(7)
+    th.manual_seed(7)
+    model.env.seed(7)
+    model.action_space.seed(7)
+    model.learn(200, reset_num_timesteps=False)
+
+
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(make_model, tmp_path):
+    model = make_model(learning_starts=100).learn(200)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    go_on(model)
+    subprocess.run([sys.executable, "-c", RESUME, tmp_path], check=True, cwd=Path(__file__).parent)
+    resumed = DQS.load(tmp_path / "resumed")
+    assert same(resumed.get_parameters(), model.get_parameters()) and resumed.num_timesteps == 400
