@@ -419,13 +419,9 @@ class DQS(OffPolicyAlgorithm):
     # What pipelines of SAC read
 
     @property
-    def log_ent_coef(self) -> th.Tensor:
-        """Logarithm of a tuned temperature, 0-d."""
-        if not isinstance(self.temperature, AutoTemperature):
-            raise AttributeError(
-                f"`log_ent_coef` exists with ent_coef='auto' only, got ent_coef={self.ent_coef!r}: read `ent_coef_tensor`."
-            )
-        return self.temperature.log_ent_coef
+    def log_ent_coef(self) -> th.Tensor | None:
+        """Logarithm of a tuned temperature, 0-d; None for others, as in SAC."""
+        return self.temperature.log_ent_coef if isinstance(self.temperature, AutoTemperature) else None
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:
