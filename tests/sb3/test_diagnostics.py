@@ -213,6 +213,13 @@ class TestDiagnose:
         assert large.mean_errors.max() < small.mean_errors.min() / 3
         assert diagnose(model, OBS[:2], max_rounds=0).ess < 0.01 < 0.1 < small.ess
 
+    def test_number_of_actions_for_the_entropy(self, make_model, monkeypatch):
+        model, seen = make_model(), []
+        entropy = model.policy.entropy
+        monkeypatch.setattr(model.policy, "entropy", lambda obs, n_actions: seen.append(n_actions) or entropy(obs, n_actions))
+        diagnose(model, OBS[:2], n_actions=2, n_entropy_actions=5)
+        assert seen == [5, 5]
+
     def test_leaves_the_training_mode(self, make_model):
         for mode in (True, False):
             model = make_model()
@@ -290,6 +297,24 @@ def test_callback_draws_normalised_states(make_model, monkeypatch):
     raw = th.as_tensor(model.replay_buffer.observations[:50, 0])
     assert not any(th.isclose(obs, raw, atol=1e-6).all(dim=1).any() for obs, _ in seen)
     assert not any(training for _, training in seen)
+
+
+def test_callback_passes_its_numbers_on(make_model, monkeypatch):
+    model = make_model(env=ToyEnv(3))
+    energy, sample, n_candidates, n_actions = model.critic.energy, model.actor.sample, set(), set()
+
+    def record_energy(obs):
+        values = energy(obs)
+        return lambda actions: n_candidates.add(actions.shape[1]) or values(actions)
+
+    def record_sample(embedding, latents, *args):
+        n_actions.add(len(latents))
+        return sample(embedding, latents, *args)
+
+    monkeypatch.setattr(model.critic, "energy", record_energy)
+    monkeypatch.setattr(model.actor, "sample", record_sample)
+    model.learn(40, callback=DiagnosticCallback(40, n_states=1, n_actions=37, n_candidates=66, log_figure=False))
+    assert 66 in n_candidates and 37 in n_actions
 
 
 def test_callback_logs_scalars_and_a_figure(make_model, tmp_path, capsys):

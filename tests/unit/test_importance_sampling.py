@@ -71,14 +71,14 @@ FLAT = (lambda actions: 0 * actions.sum(dim=-1)), 0.0, 1 / math.sqrt(3), math.lo
 @pytest.mark.parametrize(
     ("target", "policy_mean", "policy_std", "min_ess"),
     [
-        (FLAT, 0.0, 0.5, 0.1),
-        (linear(2.0), 0.0, 0.1, 0.1),
-        (well(0.2, 0.1), 0.2, 0.1, 0.15),
+        (FLAT, 0.0, 0.5, 0.05),
+        (linear(2.0), 0.0, 0.1, 0.05),
+        (well(0.2, 0.1), 0.2, 0.1, 0.05),
         # Two standard deviations away in every dimension; twice, and a fifth, as broad; thirty standard deviations away
-        (well(0.2, 0.1), 0.0, 0.1, 0.1),
-        (well(0.2, 0.1), 0.1, 0.2, 0.1),
-        (well(0.2, 0.1), 0.1, 0.02, 0.1),
-        (well(-0.4, 0.03), 0.5, 0.3, 0.01),
+        (well(0.2, 0.1), 0.0, 0.1, 0.05),
+        (well(0.2, 0.1), 0.1, 0.2, 0.05),
+        (well(0.2, 0.1), 0.1, 0.02, 0.05),
+        (well(-0.4, 0.03), 0.5, 0.3, 0.005),
     ],
 )
 def test_of_wrong_policies(dim, target, policy_mean, policy_std, min_ess):
@@ -126,7 +126,7 @@ def test_of_a_network_against_a_grid():
     grid = box_grid(3, 64, dtype=th.float64)
     log_probs = th.log_softmax(tempered_q(grid), dim=0)
     mean, std = weighted_mean_and_std(grid, log_probs)
-    assert 0.01 < std.max() < 0.5  # a peak that the grid resolves
+    assert std.min() > 0.02  # the grid resolves it
     results = [importance_sample(tempered_q, normal_policy(3, 0.0, 0.05)) for _ in range(20)]
     scores = th.stack(
         [
@@ -170,11 +170,11 @@ def test_kernels_keep_two_modes():
 
 @pytest.mark.parametrize("min_ess", [2, 50, 400])
 def test_tempering_power(min_ess):
-    log_ratios = 20 * th.randn(1000, dtype=th.float64)
+    log_ratios = 200 * th.randn(1000, dtype=th.float64)
     power = tempering_power(log_ratios, min_ess)
     assert 0 < power < 1
     assert effective_sample_size(th.log_softmax(power * log_ratios, dim=0)).item() == pytest.approx(min_ess, rel=1e-3)
-    assert tempering_power(log_ratios / 1000, min_ess) == 1
+    assert tempering_power(log_ratios / 1e5, min_ess) == 1
 
 
 def test_well_is_a_truncated_normal():
