@@ -13,15 +13,24 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.density import PathDensity, log_det_tanh, trace_steps
-from sb3_dqs.noise import NoiseLevels
-from sb3_dqs.running_mean import RunningMean
+from sb3_dqs.noise import NoiseLevels, c_in, c_noise, c_out, c_skip
 from sb3_dqs.solvers import Solver, dpm_solver_2m, find_mode, invert, mode_latent
+
+# The Gaussian's standard deviation lies between sigma_data / 30 = 0.03, the least noise, and 30 sigma_data
+MAX_LOG_SCALE = 3.4
 
 
 class Actor(BasePolicy):
     """
     Actor network (policy) for DQS: a denoiser ``D(s, x, sigma)`` that estimates ``E[u | s, x]`` from a noisy unsquashed
     action ``x = u + sigma * eps``. Run from pure noise to none, it draws u, and ``a = tanh(u)`` is the action.
+
+    The denoiser is that of a Gaussian N(m(s), v(s)^2), whose mean and standard deviation are networks of the state, plus a
+    residual F in units of its error (Karras et al. 2022, equation (7), with a ``sigma_data`` per state):
+
+        D(s, x, sigma) = m + c_skip(sigma, v) (x - m) + c_out(sigma, v) F(s, c_in(sigma, v) (x - m), c_noise(sigma))
+
+    The Gaussian follows a learning critic as fast as SAC's does; the residual makes the policy any distribution.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -36,8 +45,6 @@ class Actor(BasePolicy):
     :param solver: Solver of the reverse process, see :mod:`sb3_dqs.solvers`
     :param n_frequencies: The noise level enters the network as sines and cosines of 1, 2, ... ``2**(n_frequencies - 1)`` times
         ``c_noise``. Not measured on frozen energies; 2 follow a learning critic more closely
-    :param std_update_rate: Rate of the running mean of the policy's variance, see ``get_std()``: a memory of 100 updates, not
-        measured
     :param normalize_images: Whether to normalize images or not,
          dividing by 255.0 (True by default)
     """
@@ -46,8 +53,8 @@ class Actor(BasePolicy):
     mode_latent: th.Tensor
     held_latents: th.Tensor
     frequencies: th.Tensor
+    step_sigmas: th.Tensor
     step_features: th.Tensor
-    step_c_in: th.Tensor
 
     def __init__(
         self,
@@ -61,8 +68,7 @@ class Actor(BasePolicy):
         diffusion_steps: int = 8,
         noise: NoiseLevels | None = None,
         solver: Solver = dpm_solver_2m,
-        n_frequencies: int = 8,
-        std_update_rate: float = 0.01,
+        n_frequencies: int = 2,
         normalize_images: bool = True,
     ):
         super().__init__(
@@ -78,14 +84,13 @@ class Actor(BasePolicy):
         self.features_dim = features_dim
         self.activation_fn = activation_fn
         self.use_sde = use_sde
-        self.diffusion_steps = diffusion_steps
+        self.diffusion_steps = int(diffusion_steps)
         self.noise = noise or NoiseLevels()
         self.solver = solver
         self.n_frequencies = n_frequencies
-        self.std_update_rate = std_update_rate
 
         self.action_dim = get_action_dim(self.action_space)
-        self.sigmas = self.noise.sampling(diffusion_steps)
+        self.sigmas = self.noise.sampling(self.diffusion_steps)
         # Precision of the sampler's hidden layers in training, see fast.training_dtype(); None is that of the weights
         self.training_dtype: th.dtype | None = None
 
@@ -96,16 +101,24 @@ class Actor(BasePolicy):
         self.embed_level = nn.Linear(2 * n_frequencies, width, bias=False)
         if len(net_arch) > 0:
             self.net = nn.Sequential(activation_fn(), *create_mlp(width, self.action_dim, net_arch[1:], activation_fn))
+            self.gaussian = nn.Sequential(
+                activation_fn(), *create_mlp(width, 2 * self.action_dim, net_arch[1:], activation_fn)
+            )
         else:
             self.net = nn.Sequential()
+            self.gaussian = nn.Sequential(nn.Linear(width, 2 * self.action_dim))
+        # At first F is zero and the Gaussian near N(0, sigma_data^2), which is near uniform after the tanh
+        for net, factor in ((self.net, 0.0), (self.gaussian, 0.1)):
+            for parameter in list(net.parameters())[-2:]:  # weight and bias of the last layer
+                parameter.data.mul_(factor)
 
-        # Variance of u per dimension given the state, averaged over states; at first that of the uniform policy
-        self.variance = RunningMean(th.full((self.action_dim,), self.noise.sigma_data**2), std_update_rate)
+        # See get_std()
+        self.last_std = th.full((self.action_dim,), self.noise.sigma_data)
         # Constants, rebuilt with the network and not saved
         self.register_buffer("frequencies", 2.0 ** th.arange(n_frequencies), persistent=False)
         step_sigmas = th.tensor(self.sigmas).unsqueeze(1)
+        self.register_buffer("step_sigmas", step_sigmas, persistent=False)
         self.register_buffer("step_features", self.level_features(step_sigmas), persistent=False)
-        self.register_buffer("step_c_in", self.noise.c_in(step_sigmas).unsqueeze(2), persistent=False)
         self.register_buffer("mode_latent", mode_latent(self.action_dim), persistent=False)
         # What use_sde=True holds: one latent per environment
         self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else th.zeros(1, 1), persistent=False)
@@ -123,7 +136,6 @@ class Actor(BasePolicy):
                 noise=self.noise,
                 solver=self.solver,
                 n_frequencies=self.n_frequencies,
-                std_update_rate=self.std_update_rate,
                 features_extractor=self.features_extractor,
             )
         )
@@ -131,24 +143,12 @@ class Actor(BasePolicy):
 
     def get_std(self) -> th.Tensor:
         """
-        Standard deviation of the policy's unsquashed actions, given the state; a running root mean square over the
-        states of the last updates. Logged by SB3 as ``train/std`` with ``use_sde=True``.
+        Standard deviation of the Gaussian part of the policy, before the tanh, averaged over the states of the last update of
+        the actor. Logged by SB3 as ``train/std`` with ``use_sde=True``.
 
         :return: shape (action_dim,)
         """
-        return self.variance.value.sqrt().clamp(min=self.noise.sigma_min)
-
-    def update_std(self, errors: th.Tensor, sigma: th.Tensor) -> None:
-        """
-        Update what ``get_std()`` returns, from the errors at high noise levels, where the denoiser answers the mean.
-
-        :param errors: ``u - D(s, x, sigma)`` for actions u of the policy, shape (..., action_dim)
-        :param sigma: noise levels, shape (..., 1)
-        """
-        is_high = (sigma >= self.noise.sigma_broad).to(errors.dtype)
-        n_high = is_high.sum()
-        variance = (is_high * errors.pow(2)).flatten(end_dim=-2).sum(dim=0) / n_high.clamp(min=1)
-        self.variance.update(variance, weight=n_high.clamp(max=1))
+        return self.last_std
 
     def reset_noise(self, batch_size: int = 1) -> None:
         """
@@ -163,26 +163,43 @@ class Actor(BasePolicy):
 
     def embed(self, obs: PyTorchObs) -> th.Tensor:
         """
-        The observation's part of the first layer.
+        What the denoiser needs of the observation; see ``split()``.
 
         :param obs: Observation
-        :return: shape (batch_size, width of the first layer)
+        :return: shape (batch_size, width of the first layer + 2 * action_dim)
         """
-        return self.embed_features(self.extract_features(obs, self.features_extractor))
+        hidden = self.embed_features(self.extract_features(obs, self.features_extractor))
+        mean, log_scale = self.gaussian(hidden).chunk(2, dim=-1)
+        # At most sigma_data times or divided by exp(MAX_LOG_SCALE)
+        std = self.noise.sigma_data * th.exp(MAX_LOG_SCALE * th.tanh(log_scale / MAX_LOG_SCALE))
+        return th.cat([hidden, mean, std], dim=-1)
+
+    def split(self, embedding: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        The parts of what ``embed()`` returned.
+
+        :param embedding: shape (..., width + 2 * action_dim)
+        :return: the observation's part of the first layer of the residual, shape (..., width); mean and standard deviation of
+            the Gaussian, shape (..., action_dim)
+        """
+        width = embedding.shape[-1] - 2 * self.action_dim
+        return embedding.split([width, self.action_dim, self.action_dim], dim=-1)
 
     def denoise(self, embedding: th.Tensor, x: th.Tensor, sigma: th.Tensor | float) -> th.Tensor:
         """
-        Denoiser ``D(s, x, sigma) = c_skip x + c_out F(s, c_in x, c_noise)`` (Karras et al. 2022, equation (7)).
+        The denoiser D.
 
-        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param embedding: what ``embed()`` returned, shape (..., width + 2 * action_dim)
         :param x: noisy unsquashed actions, shape (..., action_dim)
         :param sigma: noise levels, shape (..., 1), or one number
         :return: estimate of E[u | s, x], of the shape of x
         """
         sigma = th.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        first = self.embed_action(self.noise.c_in(sigma) * x) + self.embed_level(self.level_features(sigma))
-        hidden = (embedding + first).flatten(end_dim=-2)  # some layers take no more than two dimensions
-        return self.noise.c_skip(sigma) * x + self.noise.c_out(sigma) * self.net(hidden).reshape(x.shape)
+        hidden, mean, std = self.split(embedding)
+        centered = x - mean
+        first = self.embed_action(c_in(sigma, std) * centered) + self.embed_level(self.level_features(sigma))
+        hidden = (hidden + first).flatten(end_dim=-2)  # some layers take no more than two dimensions
+        return mean + c_skip(sigma, std) * centered + c_out(sigma, std) * self.net(hidden).reshape(x.shape)
 
     def level_features(self, sigma: th.Tensor) -> th.Tensor:
         """
@@ -191,14 +208,14 @@ class Actor(BasePolicy):
         :param sigma: noise levels, shape (..., 1)
         :return: sines and cosines, shape (..., 2 * n_frequencies)
         """
-        phases = self.noise.c_noise(sigma) * self.frequencies
+        phases = c_noise(sigma) * self.frequencies
         return th.cat([phases.sin(), phases.cos()], dim=-1)
 
     def sample(self, embedding: th.Tensor, latents: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
         """
         Run the reverse process.
 
-        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param embedding: what ``embed()`` returned, shape (..., width + 2 * action_dim)
         :param latents: standard normal numbers, shape (..., action_dim)
         :param dtype: precision of the hidden layers; by default that of the weights
         :return: unsquashed actions u, of the shape of ``latents``
@@ -215,7 +232,7 @@ class Actor(BasePolicy):
         """
         Run the reverse process, and follow the density on its path; see :class:`sb3_dqs.density.PathDensity`.
 
-        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param embedding: what ``embed()`` returned, shape (..., width + 2 * action_dim)
         :param latents: standard normal numbers, shape (..., action_dim)
         :param steps: of the sampler, after the first, at which the trace is taken, each for one more denoiser call;
             by default all
@@ -234,10 +251,20 @@ class Actor(BasePolicy):
         :param obs: Observation
         :return: actions in [-1, 1], shape (batch_size, action_dim), and log-densities in nats, shape (batch_size,)
         """
+        u, log_prob = self.draw(obs)
+        return th.tanh(u), log_prob
+
+    def draw(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        As ``action_log_prob()``, before the tanh.
+
+        :param obs: Observation
+        :return: unsquashed actions u, shape (batch_size, action_dim), and log-densities of ``tanh(u)`` in nats,
+            shape (batch_size,)
+        """
         embedding = self.embed(obs)
         latents = th.randn(len(embedding), self.action_dim, device=embedding.device)
-        u, log_prob = self.training_sample_log_prob(embedding, latents)
-        return th.tanh(u), log_prob
+        return self.training_sample_log_prob(embedding, latents)
 
     def training_sample(self, embedding: th.Tensor, latents: th.Tensor) -> th.Tensor:
         """``sample()`` in the precision of the training."""
@@ -252,7 +279,7 @@ class Actor(BasePolicy):
         Log-density of the policy at the actions ``tanh(u)``, from the reverse process run backwards;
         see :class:`sb3_dqs.density.PathDensity`.
 
-        :param embedding: what ``embed()`` returned, shape (..., width)
+        :param embedding: what ``embed()`` returned, shape (..., width + 2 * action_dim)
         :param u: unsquashed actions, shape (..., action_dim)
         :return: estimate in nats, shape (...)
         """

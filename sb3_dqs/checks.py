@@ -86,7 +86,6 @@ POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "noise": (lambda v: v is None or isinstance(v, NoiseLevels), "None or a NoiseLevels of sb3_dqs.noise"),
     "solver": (callable, "a function, see sb3_dqs.solvers"),
     "n_frequencies": (lambda v: is_int(v, 1), "an integer >= 1"),
-    "std_update_rate": (lambda v: _is_real(v, 0, 1), "a number from 0 to 1"),
     "n_critics": (lambda v: is_int(v, 1), "an integer >= 1"),
     "best_of_n_by_q": (lambda v: v is None or is_int(v, 1), "None or an integer >= 1"),
     "share_features_extractor": (lambda v: isinstance(v, bool), "True or False"),
@@ -241,7 +240,7 @@ def check_finite(what: str, value: Any, num_timesteps: int) -> None:
         if not np.isfinite(array).all():
             name = f"{what} [{part}]" if part else what
             raise ValueError(
-                f"{name} is not finite at step {num_timesteps}: {array}. What was saved before is sound. If it came "
-                "from the environment, mend it there (gymnasium's check_env and SB3's VecCheckNan find the place); if "
+                f"{name} is not finite at step {num_timesteps}: {array}. Earlier checkpoints are not affected. If it came "
+                "from the environment, fix it there (gymnasium's check_env and SB3's VecCheckNan find the place); if "
                 "it is a loss, lower learning_rate or scale the rewards (VecNormalize), and go on from the last checkpoint."
             )

@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_dqs.critics import Energy
 from sb3_dqs.density import log_det_tanh
+from sb3_dqs.noise import c_out
 from sb3_dqs.observations import select
 from sb3_dqs.running_mean import RunningMean
 from sb3_dqs.solvers import MAX_UNSQUASHED
@@ -33,7 +34,7 @@ class Draws:
     :param x: noisy actions ``u + sigma * eps``, shape (n_states, n_draws, action_dim)
     :param sigma: noise levels, shape (n_states, n_draws, 1)
     :param denoised: the denoiser's answers D(x, sigma), shape (n_states, n_draws, action_dim)
-    :param std: standard deviation of u given the state, averaged over states, shape (action_dim,)
+    :param std: standard deviation of the actor's Gaussian, shape (n_states, 1, action_dim)
     """
 
     u: th.Tensor
@@ -44,7 +45,7 @@ class Draws:
 
     def __getitem__(self, rows: slice) -> "Draws":
         """The draws of some of the states."""
-        return Draws(self.u[rows], self.x[rows], self.sigma[rows], self.denoised[rows], self.std)
+        return Draws(self.u[rows], self.x[rows], self.sigma[rows], self.denoised[rows], self.std[rows])
 
 
 class BoltzmannDensity:
@@ -131,14 +132,14 @@ class PooledMean(DenoiserTarget):
 
 class GradientStep(DenoiserTarget):
     """
-    The denoiser's answer D, moved along the gradient of the energy at one action of the policy: ``D + r^2 g`` with
+    One Newton step from u on the log-density of p(u|x):
 
-        g = grad log pi(u) + (x - D) / sigma^2 + precision * (u - D),   u ~ p(u|x) of the policy,
+        u + r^2 (grad log pi(u) + (x - u) / sigma^2),   1 / r^2 = 1 / sigma^2 + 1 / std^2,
 
-    r being the width that p(u|x) would have for a Gaussian policy. If the policy is the Boltzmann distribution, the mean
-    of g given x is zero for any number of modes: the first two terms by Stein's identity (target score matching;
-    De Bortoli et al. 2024, https://arxiv.org/abs/2402.08667), the third because D is the mean of u. The third is a control
-    variate that removes the noise of the first for a Gaussian policy.
+    r being the width that p(u|x) has for a Gaussian policy. Where pi is that Gaussian, the step ends in E[u | x], without
+    noise. Where the policy is the Boltzmann distribution, the mean of the step given x is zero for any number of modes, by
+    Stein's identity (target score matching; De Bortoli et al. 2024, https://arxiv.org/abs/2402.08667), so that the mean of
+    the targets is E[u | x].
 
     Averaged over states that a network cannot tell apart, means of p(u|x) make a policy as broad as all of them together;
     averaged gradients make it narrow, as in SAC.
@@ -155,16 +156,14 @@ class GradientStep(DenoiserTarget):
         self.common_step, self.max_step = common_step, max_step
 
     def forward(self, density: LogDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        u, x, sigma, denoised, std = draws.u, draws.x, draws.sigma, draws.denoised, draws.std
+        u, x, sigma = draws.u, draws.x, draws.sigma
         _, gradient = value_and_gradient(density, u)
-        width = sigma * std / (sigma**2 + std**2).sqrt()
-        # The policy is one Gaussian, if ever, only as seen through noise below its own width
-        precision = (sigma < std) / std**2
-        step = width * (gradient + (x - denoised) / sigma**2 + precision * (u - denoised))
+        width = c_out(sigma, draws.std)
+        step = width * (gradient + (x - u) / sigma**2)
         squares = gradient.clamp(-1e15, 1e15).pow(2)  # finite
         others = (squares.sum(dim=1, keepdim=True) - squares) / max(x.shape[1] - 1, 1)
         step = step * (self.common_step / (width**2 * others).sum(dim=2, keepdim=True).sqrt()).clamp(max=1)
-        return denoised + width * step * (self.max_step / step.norm(dim=2, keepdim=True)).clamp(max=1), {}
+        return u + width * step * (self.max_step / step.norm(dim=2, keepdim=True)).clamp(max=1), {}
 
 
 class PosteriorMean(DenoiserTarget):
@@ -183,8 +182,8 @@ class PosteriorMean(DenoiserTarget):
     :param weighed_share: share of the states in which candidates are valued in any case, to know the effective sample size:
         the least that keeps its noise small, not measured
     :param ess_update_rate: rate of the running mean of the effective sample size: a memory of 20 updates, not measured
-    :param pooled: the estimator of the first states
-    :param gradient: the estimator of the other states
+    :param pooled: estimator of the first states, which must give "ess"; by default ``PooledMean(n_samples)``
+    :param gradient: estimator of the other states; by default ``GradientStep()``
     """
 
     def __init__(
@@ -198,6 +197,8 @@ class PosteriorMean(DenoiserTarget):
         gradient: DenoiserTarget | None = None,
     ):
         super().__init__()
+        if not too_few_samples < enough_samples:
+            raise ValueError(f"`too_few_samples` must be below `enough_samples`={enough_samples}, got {too_few_samples}.")
         self.enough_samples, self.too_few_samples = enough_samples, too_few_samples
         self.weighed_share = weighed_share
         self.pooled = pooled or PooledMean(n_samples)

@@ -29,6 +29,7 @@ from sb3_dqs.checks import (
 )
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, make_denoiser_target
+from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode
 from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
@@ -227,7 +228,7 @@ class DQS(OffPolicyAlgorithm):
             self.target_entropy = float(self.target_entropy)
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         if isinstance(self.temperature, AutoTemperature):
-            check_target_entropy(self.target_entropy, self.actor.action_dim)
+            check_target_entropy(self.temperature.target_entropy, self.actor.action_dim)
         self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
         if self.augmentation is not None:
             self.augmentation.to(self.device)
@@ -243,7 +244,7 @@ class DQS(OffPolicyAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        # Update learning rate according to lr schedule (the temperature is given it at every step)
+        # Update learning rate according to lr schedule (the temperature takes it as an argument of update())
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         learning_rate = self.lr_schedule(self._current_progress_remaining)
 
@@ -288,11 +289,12 @@ class DQS(OffPolicyAlgorithm):
             ent_coef_loss = self.temperature.update(entropy, learning_rate)
             if ent_coef_loss is not None:
                 logs["ent_coef_loss"].append(ent_coef_loss)
-            logs["ent_coef"].append(ent_coef)
+            logs["ent_coef"].append(ent_coef.clone())  # a temperature may return its buffer
             logs["entropy"].append(entropy)
 
             # Target networks
             if self._n_updates % self.target_update_interval == 0:
+                # polyak_update() in one pass over the memory
                 fast.update_target(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 # Copy running stats, see SB3's issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
@@ -310,7 +312,7 @@ class DQS(OffPolicyAlgorithm):
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Loss of the actor, with gradients: its error as a denoiser of actions of its own, whose targets come from the critic.
-        Updates the running means of the actor and of the denoiser's target.
+        Updates the running means of the denoiser's target.
 
         :param obs: Observation; a share ``1 / n_draws`` of them, at random, is used
         :param ent_coef: temperature
@@ -329,17 +331,16 @@ class DQS(OffPolicyAlgorithm):
             sigma = self.actor.noise.training(len(u), n_draws, self.device)
             x = u + sigma * th.randn_like(u)
 
-        # Denoise them, and estimate what the answer should have been
+        # Denoise them, and estimate E[u | x] from the critic's energy (see MlpCritic.energy; without dropout and the like)
         denoised = self.actor.denoise(embedding, x, sigma)
         with th.no_grad(), evaluation_mode(self.critic):
+            _, _, std = self.actor.split(embedding)
             density = BoltzmannDensity(self.critic.energy, obs, ent_coef)
-            draws = Draws(u, x, sigma, denoised.detach(), self.actor.get_std())
-            targets, metrics = self.target_estimator(density, draws)
-        self.actor.update_std(u - denoised.detach(), sigma)
-
-        # The errors are of unit scale at every noise level (Karras et al. 2022, section 5)
-        c_out = self.actor.noise.c_out(sigma)
-        return F.mse_loss(denoised / c_out, targets / c_out), metrics
+            targets, metrics = self.target_estimator(density, Draws(u, x, sigma, denoised, std))
+            # The errors are of unit scale at every noise level (Karras et al. 2022, section 5)
+            scale = c_out(sigma, std)
+            self.actor.last_std = std.mean(dim=(0, 1))
+        return F.mse_loss(denoised / scale, targets / scale), metrics
 
     def learn(
         self: SelfDQS,
@@ -373,7 +374,7 @@ class DQS(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        # One bad number in the buffer would spoil the networks many steps later
+        # One bad number in the buffer would make the weights NaN many steps later
         check_finite("the observation", new_obs, self.num_timesteps)
         for info in infos:
             if "terminal_observation" in info:
@@ -386,8 +387,7 @@ class DQS(OffPolicyAlgorithm):
     ) -> None:
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``). What another kind of ``ent_coef`` or ``denoiser_target`` saved (tuned instead of given, for
-        instance) does not fit, and is left out.
+        (see ``get_parameters``). State saved by another kind of ``ent_coef`` or ``denoiser_target`` is skipped.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
         :param exact_match: if True, the given parameters should include parameters for each module and each of their

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from sb3_dqs import noise
+
 if TYPE_CHECKING:
     from sb3_dqs.actor import Actor
     from sb3_dqs.solvers import Denoiser
@@ -121,25 +123,27 @@ def denoiser(actor: "Actor", embedding: th.Tensor, dtype: th.dtype | None = None
     first = actor.embed_action
     if not (is_own and is_plain(first, nn.Linear) and first.bias is None and is_plain(actor.net, nn.Sequential)):
         return plain
+    features, mean, std = actor.split(embedding)
     level_embeddings = actor.embed_level(actor.step_features).unbind()
-    weights = (actor.step_c_in * first.weight).unbind()
-    steps = {
-        sigma: (weight, level_embedding, actor.noise.c_skip(sigma), actor.noise.c_out(sigma))
-        for sigma, weight, level_embedding in zip(actor.sigmas, weights, level_embeddings, strict=True)
-    }
+    sigmas = actor.step_sigmas.reshape(-1, *[1] * std.dim())
+    c_in = noise.c_in(sigmas, std)
+    steps = dict(zip(actor.sigmas, zip(level_embeddings, c_in, c_in * std, strict=False), strict=False))
     layers = as_functions(actor.net, dtype, embedding.dtype)
 
     def denoise(x: th.Tensor, sigma: float) -> th.Tensor:
         if sigma not in steps:
             return plain(x, sigma)
-        weight, level_embedding, c_skip, c_out = steps[sigma]
+        level_embedding, c_in, share = steps[sigma]
+        centered = x - mean
         # The first layer, in single precision: it sees small differences of x, and is small
-        hidden = F.linear(x, weight, level_embedding).add_(embedding)
+        hidden = F.linear(c_in * centered, first.weight, level_embedding).add_(features)
         if hidden.dim() > 2:
             hidden = hidden.flatten(end_dim=-2)
         for layer in layers:
             hidden = layer(hidden)
-        return (c_skip * x).add(hidden if x.dim() == 2 else hidden.reshape(x.shape), alpha=c_out)
+        # c_skip = share^2 and c_out = sigma * share
+        residual = hidden if x.dim() == 2 else hidden.reshape(x.shape)
+        return th.addcmul(mean, share, (share * centered).add(residual, alpha=sigma))
 
     return denoise
 

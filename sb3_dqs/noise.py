@@ -1,19 +1,14 @@
 """Noise levels of the diffusion, and the scalings of its denoiser (Karras et al. 2022, "EDM", arXiv 2206.00364, Table 1)."""
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch as th
-
-Sigma = TypeVar("Sigma", float, th.Tensor)
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
     """
-    Noise levels sigma of ``x = u + sigma * eps``, u an unsquashed action: those of the sampler, those of the training, and the
-    scalings of the denoiser ``D(x, sigma) = c_skip * x + c_out * F(c_in * x, c_noise)`` (EDM, equation (7)).
-    In all methods sigma is a number or a tensor of any shape, which the result has too.
+    Noise levels sigma of ``x = u + sigma * eps``, u an unsquashed action: those of the sampler and those of the training.
 
     :param sigma_min: below, a noisy action counts as clean. Measured together with ``sigma_broad`` and ``curvature`` on exact
         samples: distance 1.0 to 3.8 times that of two exact sets, against 1.4 to 3.9 with 0.02, 4 and none
@@ -31,6 +26,13 @@ class NoiseLevels:
     sigma_max: float = 20.0
     sigma_data: float = 0.91
     curvature: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_broad < self.sigma_max and self.sigma_data > 0 and abs(self.curvature) <= 1):
+            raise ValueError(
+                "`NoiseLevels` must have 0 < sigma_min < sigma_broad < sigma_max, sigma_data > 0 and curvature from -1 to 1, "
+                f"got {self}."
+            )
 
     def sampling(self, n_steps: int) -> list[float]:
         """
@@ -56,18 +58,22 @@ class NoiseLevels:
         quantiles = (strata + th.rand(n_states, n_levels, device=device)) / n_levels
         return (self.sigma_min * (self.sigma_max / self.sigma_min) ** quantiles).unsqueeze(2)
 
-    def c_skip(self, sigma: Sigma) -> Sigma:
-        """Share of x in the denoiser's answer: 1 without noise, 0 at high noise."""
-        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
-    def c_out(self, sigma: Sigma) -> Sigma:
-        """Scale of the network's output, and of the denoiser's error."""
-        return sigma * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
+def c_skip(sigma: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """Share of x in the denoiser's answer, for data of standard deviation std: 1 without noise, 0 at high noise."""
+    return std**2 / (sigma**2 + std**2)
 
-    def c_in(self, sigma: Sigma) -> Sigma:
-        """Scale of the network's input: x has variance ``sigma**2 + sigma_data**2``."""
-        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5
 
-    def c_noise(self, sigma: th.Tensor) -> th.Tensor:
-        """The noise level as the network sees it."""
-        return sigma.log() / 4
+def c_out(sigma: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """Scale of the network's output, and of the denoiser's error: the width of p(u|x)."""
+    return sigma * std / (sigma**2 + std**2).sqrt()
+
+
+def c_in(sigma: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """Scale of the network's input: x has variance ``sigma**2 + std**2``."""
+    return 1 / (sigma**2 + std**2).sqrt()
+
+
+def c_noise(sigma: th.Tensor) -> th.Tensor:
+    """The noise level as the network sees it."""
+    return sigma.log() / 4

@@ -28,7 +28,7 @@ from sb3_dqs.observations import zero_observations
 from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
 
 # Arguments of the policy that go to the actor as they are
-ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies", "std_update_rate")
+ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
 
 
 class DQSPolicy(BasePolicy):
@@ -63,7 +63,6 @@ class DQSPolicy(BasePolicy):
     :param noise: Noise levels, see :class:`sb3_dqs.noise.NoiseLevels`
     :param solver: Solver of the reverse process, see :mod:`sb3_dqs.solvers`
     :param n_frequencies: Number of frequencies by which the noise level enters the actor
-    :param std_update_rate: Rate of the running mean of the policy's variance
     :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the critic's energy) among this
         many, instead of the one that the actor alone finds
     """
@@ -96,8 +95,7 @@ class DQSPolicy(BasePolicy):
         diffusion_steps: int = 8,
         noise: NoiseLevels | None = None,
         solver: Solver = dpm_solver_2m,
-        n_frequencies: int = 8,
-        std_update_rate: float = 0.01,
+        n_frequencies: int = 2,
         best_of_n_by_q: int | None = None,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
@@ -144,7 +142,6 @@ class DQSPolicy(BasePolicy):
             "noise": noise,
             "solver": solver,
             "n_frequencies": n_frequencies,
-            "std_update_rate": std_update_rate,
         }
         self.critic_kwargs = {
             **net_kwargs,
@@ -196,7 +193,7 @@ class DQSPolicy(BasePolicy):
     @th.no_grad()
     def _check_critic(self) -> None:
         """
-        Ask a critic of the user's for values of two states.
+        Evaluate the critic on two observations of zeros.
 
         :raises ValueError: if it cannot give them, or their shapes are wrong
         """
@@ -214,8 +211,8 @@ class DQSPolicy(BasePolicy):
                     f"({type(error).__name__}: {error}); see sb3_dqs.critics.Critic for what it must answer."
                 ) from error
         for method, shape, expected in (
-            ("backup_values", tuple(backup_values.shape), f"({n_states}, m)"),
-            ("energy", tuple(values.shape), f"({n_states}, {n_actions})"),
+            ("backup_values", tuple(getattr(backup_values, "shape", ())), f"({n_states}, m)"),
+            ("energy", tuple(getattr(values, "shape", ())), f"({n_states}, {n_actions})"),
         ):
             is_right = len(shape) == 2 and shape[0] == n_states and (method == "backup_values" or shape[1] == n_actions)
             if not is_right:
@@ -270,7 +267,7 @@ class DQSPolicy(BasePolicy):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3's, and checks the observation, because the sampler is finite whatever comes in.
+        As SB3's, and checks the observation, because the sampler returns finite actions even for NaN.
 
         :param observation: the input observation
         :param state: not used
@@ -279,13 +276,13 @@ class DQSPolicy(BasePolicy):
         :return: the action in the action space, and ``state``
         :raises ValueError: if the observation is not finite
         """
-        for part in observation.values() if isinstance(observation, dict) else [observation]:
+        parts = observation.values() if isinstance(observation, dict) else [observation]
+        for part in () if isinstance(observation, tuple) else parts:  # SB3 explains what is wrong with a tuple
             if not np.isfinite(part).all():
                 raise ValueError(
                     f"observation={part} is not finite; check the environment, or what prepares its observations."
                 )
-        with th.inference_mode():  # less to keep track of than in SB3's no_grad()
-            return super().predict(observation, state, episode_start, deterministic)
+        return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q is not None:

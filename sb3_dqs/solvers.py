@@ -51,14 +51,18 @@ def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: 
     :param denoise: the denoiser
     :param x: where to start, shape (..., action_dim); see :func:`mode_latent`
     :param sigmas: noise levels, falling
-    :param sigma_mode: width of the kernel: finer structure is averaged
+    :param sigma_mode: width of the kernel: finer structure is averaged. A level of the solver that is less than a tenth below
+        is taken instead
     :param n_shifts: number of mean shifts
     :return: unsquashed actions of the shape of x; finite even where the denoiser is not
     """
-    last = next(step for step, sigma in enumerate(sigmas) if sigma <= sigma_mode)
-    mode, _ = _descend(denoise, x, sigmas[: last + 1])
+    levels = [sigma for sigma in sigmas if sigma > sigma_mode]
+    # The level of the solver that is next, where it is near: it costs less
+    lower = sigmas[len(levels)] if len(levels) < len(sigmas) else 0.0
+    last = lower if lower > 0.9 * sigma_mode else sigma_mode
+    mode, _ = _descend(denoise, x, [*levels, last])
     for _ in range(n_shifts):
-        mode = _bounded(denoise(mode, sigmas[last]))
+        mode = _bounded(denoise(mode, last))
     return mode.nan_to_num()
 
 

@@ -23,6 +23,7 @@ from toys import OneStepEnv, RandomEnv, Recorder, same
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.density import log_det_tanh
+from sb3_dqs.noise import c_out
 from sb3_dqs.temperature import LogLinearSchedule
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate", "n_updates")
@@ -175,7 +176,7 @@ class TestCritics:
         next_obs, next_actions = model.critic_target.seen[-1]
         obs, actions, targets = model.critic.seen[-1]
         assert same([obs, actions, next_obs], [data.observations, data.actions, data.next_observations])
-        assert 0.9 < next_actions.abs().max() <= 1  # squashed
+        assert 0.8 < next_actions.abs().max() <= 1  # squashed
         discounts = 0.99 if n_steps == 1 else data.discounts
         bonus = (targets - data.rewards) / discounts - 10
         entropy = model.logger.name_to_value["train/entropy"]
@@ -298,8 +299,8 @@ class TestActor:
             noise = (draws.x - draws.u) / draws.sigma
             assert noise.mean().abs() < 5 / math.sqrt(800) and abs(noise.var() - 1) < 5 * math.sqrt(2 / 800)
             assert th.allclose(draws.denoised, actor.denoise(embedding, draws.x, draws.sigma), atol=1e-5)
-            assert th.allclose(draws.std, actor.get_std(), rtol=0.2)
-            expected = ((draws.denoised - draws.u) / actor.noise.c_out(draws.sigma)).pow(2).mean()
+            assert th.equal(draws.std, actor.split(embedding)[2])
+            expected = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
         loss.backward()
         assert all(param.grad is not None for param in actor.parameters())
@@ -333,7 +334,7 @@ class TestNamesOfSac:
             actions, log_prob = model.actor.action_log_prob(obs)
         assert actions.shape == (100, 1) and log_prob.shape == (100,) and (actions.abs() <= 1).all()
         errors = log_prob - model.policy.log_prob(obs, actions)
-        assert errors.abs().mean() < 0.4 * log_prob.std()
+        assert errors.abs().mean() < 0.1  # nats; the traces of the training are fewer
 
     def test_tuned_temperature(self, make_model):
         model = make_model(ent_coef="auto_0.5")

@@ -7,15 +7,15 @@ import torch as th
 
 from sb3_dqs.density import log_det_tanh
 
-# Nodes are placed in widths of p(u|x) of a policy that is broader than all of these. As the integrands are smooth, 97 do
-# for integrals; draws are uniform between nodes, and take more
+# Nodes are placed in widths of p(u|x) of a policy that is broader than all of these. Integrands are smooth, so that 97 nodes
+# are enough for integrals; draws are uniform between nodes and need more
 BROAD_STD, N_WIDTHS = 2.0, 6
 N_NODES, N_NODES_OF_DRAWS = 97, 801
 # Grid of unsquashed actions, for the policy itself
 GRID = th.linspace(-12, 12, 4801, dtype=th.float64)
 SPACING = float(GRID[1] - GRID[0])
 
-# Energies of squashed actions, per dimension
+# Energies Q / ent_coef of squashed actions, per dimension
 ENERGIES: dict[str, Callable[[th.Tensor], th.Tensor]] = {
     "flat": lambda a: 0 * a,
     "linear": lambda a: 3 * a,
@@ -37,9 +37,9 @@ def posterior(energy: str, x: th.Tensor, sigma: th.Tensor, n_nodes: int) -> tupl
     return nodes, th.softmax(log_posterior, dim=1)
 
 
-def denoise(energy: str, x: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+def denoise(energy: str, x: th.Tensor, sigma: th.Tensor | float) -> th.Tensor:
     """``E[u | x]``, of the shape and type of x; sigma of a shape that broadcasts."""
-    nodes, probabilities = posterior(energy, x.flatten(), sigma.expand_as(x).flatten(), N_NODES)
+    nodes, probabilities = posterior(energy, x.flatten(), th.as_tensor(sigma).expand_as(x).flatten(), N_NODES)
     return (nodes * probabilities).sum(dim=1).to(x.dtype).reshape(x.shape)
 
 
@@ -58,7 +58,7 @@ def log_prob(energy: str, u: th.Tensor) -> th.Tensor:
 
 
 def entropy(energy: str) -> float:
-    """Entropy of one unsquashed dimension."""
+    """Entropy of one unsquashed dimension, in nats."""
     log_density = log_prob(energy, GRID.unsqueeze(1))
     return -float((log_density.exp() * log_density).sum()) * SPACING
 
