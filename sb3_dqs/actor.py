@@ -52,6 +52,7 @@ class Actor(BasePolicy):
     action_space: spaces.Box
     mode_latent: th.Tensor
     held_latents: th.Tensor
+    last_std: th.Tensor
     frequencies: th.Tensor
     step_sigmas: th.Tensor
     step_features: th.Tensor
@@ -113,7 +114,7 @@ class Actor(BasePolicy):
                 parameter.data.mul_(factor)
 
         # See get_std()
-        self.last_std = th.full((self.action_dim,), self.noise.sigma_data)
+        self.register_buffer("last_std", th.full((self.action_dim,), self.noise.sigma_data), persistent=False)
         # Constants, rebuilt with the network and not saved
         self.register_buffer("frequencies", 2.0 ** th.arange(n_frequencies), persistent=False)
         step_sigmas = th.tensor(self.sigmas).unsqueeze(1)

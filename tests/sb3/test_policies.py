@@ -128,6 +128,8 @@ class TestArchitecture:
         policy = make_policy(use_sde=True, best_of_n_by_q=4)
         assert all(tensor.is_floating_point() for tensor in policy.state_dict().values())
         assert all(tensor.device.type == "meta" for tensor in policy.to("meta").buffers())
+        attributes = [value for module in policy.modules() for value in vars(module).values()]
+        assert not any(isinstance(value, th.Tensor) for value in attributes)  # which would not move
 
     def test_save_and_load(self, tmp_path):
         kwargs = {"share_features_extractor": True, "best_of_n_by_q": 4, "diffusion_steps": 4, "critic_class": OtherCritic}
