@@ -1,4 +1,4 @@
-"""Checks of what the user and the environment hand in: one clear error, before any work starts."""
+"""Checks of what the user and the environment give: one clear error, before any work starts."""
 
 import inspect
 import math

@@ -1,5 +1,5 @@
 """
-What ``DQS.train()`` asks of a critic, and the twin networks of SAC and TD3.
+The methods of a critic that ``DQS.train()`` calls, and the twin networks of SAC and TD3.
 
 A critic of your own is a :class:`Critic`; pass its class as ``policy_kwargs=dict(critic_class=...)``.
 """

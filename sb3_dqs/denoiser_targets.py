@@ -105,7 +105,7 @@ class PooledMean(DenoiserTarget):
     :param n_samples: number of values of the log-density per target: u and the others proposed, at least 2. Measured distances
         (two modes 1-D, four modes 2-D, critic 2-D) over that of two exact sets: 2.2, 3.1, 4.1 with 12; 1.5, 2.0, 3.6 with 16
         at 1.13 times the cost of a gradient step; 2.1, 1.4, 2.4 with 64
-    :param prior_std: width of the proposals where the noise tells nothing. Derived: uniform actions have 0.91 before the tanh;
+    :param prior_std: width of the proposals at high noise. Derived: uniform actions have 0.91 before the tanh;
         twice that reaches the corners of the box
     """
 
@@ -147,8 +147,8 @@ class GradientStep(DenoiserTarget):
     :param common_step: a step is shortened by the factor that would bring the gradients at the other draws of the state to
         this length on average, in units of r. Steep energies need a limit; this one leaves the mean of the steps zero,
         because the gradients at the other draws, given x, do not depend on u. No other value was measured
-    :param max_step: a step that is longer still is shortened to this, in units of r. A limit of 3 on single steps bound in a
-        tenth to a third of them and moved their mean by up to 0.2; 12 seldom binds
+    :param max_step: a step that is longer still is shortened to this, in units of r. A limit of 3 on single steps was active
+        in 10 to 33 % of them and moved their mean by up to 0.2; 12 seldom binds
     """
 
     def __init__(self, common_step: float = 3.0, max_step: float = 12.0):

@@ -50,7 +50,7 @@ def disabled() -> Iterator[None]:
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """
-    Whether a module computes what its class computes and nothing watches it.
+    Whether a module computes what its class computes, and has no hooks.
 
     :param module: the module
     :param cls: its class; a subclass is not plain
@@ -116,7 +116,7 @@ def denoiser(actor: "Actor", embedding: th.Tensor, dtype: th.dtype | None = None
     :param dtype: precision of the hidden layers; by default that of the weights
     :return: from x of shape (..., action_dim) and sigma to the shape of x
     """
-    from sb3_dqs.actor import Actor  # imports this module
+    from sb3_dqs.actor import Actor  # circular
 
     plain = functools.partial(actor.denoise, embedding)
     is_own = type(actor).denoise is Actor.denoise and "denoise" not in vars(actor)
@@ -135,7 +135,7 @@ def denoiser(actor: "Actor", embedding: th.Tensor, dtype: th.dtype | None = None
             return plain(x, sigma)
         level_embedding, c_in, share = steps[sigma]
         centered = x - mean
-        # The first layer, in single precision: it sees small differences of x, and is small
+        # The first layer, in single precision: small differences of x need it, and it is small
         hidden = F.linear(c_in * centered, first.weight, level_embedding).add_(features)
         if hidden.dim() > 2:
             hidden = hidden.flatten(end_dim=-2)
@@ -228,7 +228,7 @@ def training_dtype(device: th.device) -> th.dtype | None:
     if device.type == "cuda":
         is_fast = th.cuda.get_device_capability(device) >= (8, 0)
     else:
-        capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch does not tell
+        capabilities: dict[str, bool] = getattr(th.cpu, "get_capabilities", dict)()  # older torch has no get_capabilities
         is_fast = device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
     return th.bfloat16 if is_fast else None
 

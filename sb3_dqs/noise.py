@@ -75,5 +75,5 @@ def c_in(sigma: th.Tensor, std: th.Tensor) -> th.Tensor:
 
 
 def c_noise(sigma: th.Tensor) -> th.Tensor:
-    """The noise level as the network sees it."""
+    """Input feature of the noise level."""
     return sigma.log() / 4

@@ -355,7 +355,7 @@ class DQSPolicy(BasePolicy):
         :param mode: if true, set to training mode, else set to evaluation mode
         """
         if self.actor.training == self.critic.training == self.training == mode:
-            return  # predict() asks for every observation
+            return  # predict() calls this at every step
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode

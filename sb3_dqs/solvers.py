@@ -69,7 +69,7 @@ def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: 
 def mode_latent(action_dim: int, length: float = 0.1) -> th.Tensor:
     """
     Where :func:`find_mode` starts: always the same latent, near the middle of the policy (of a policy of one mode, the mean),
-    but not in it, where a symmetric policy has no reason to take either of two sides.
+    but not in it, where for a symmetric policy D(x, sigma) = x, so that the iteration stays.
 
     :param action_dim: d
     :param length: distance from the middle

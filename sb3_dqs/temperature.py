@@ -15,7 +15,7 @@ from sb3_dqs.running_mean import RunningMean
 
 
 class Temperature(nn.Module):
-    """What ``DQS.train()`` asks of a temperature. Its buffers are saved with the model."""
+    """The methods of a temperature that ``DQS.train()`` calls. Its buffers are saved with the model."""
 
     def forward(self, progress_remaining: float) -> th.Tensor:
         """
@@ -98,9 +98,8 @@ class AutoTemperature(Temperature):
     Temperature tuned by gradient steps on its logarithm, as in SAC (Haarnoja et al. 2018,
     https://arxiv.org/abs/1812.05905, equation (18)): it falls while the entropy is above the target.
 
-    Adam would make the steps even. Here they are in proportion to a running mean of the error, up to a limit: one learning
-    rate per step downwards, as in SAC, and ``max_rise`` learning rates upwards, because Q, when returns improve, grows faster
-    than SAC's steps.
+    A step is ``learning_rate * clamp(gain * mean_error, -max_rise, 1)``; Adam's steps would have the same size whatever the
+    error. Upwards the limit is larger than SAC's, one learning rate, because Q grows faster than that when returns improve.
 
     :param initial: initial value, positive
     :param target_entropy: in nats
