@@ -400,7 +400,7 @@ class DQS(OffPolicyAlgorithm):
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
         for name in ("temperature", "target_estimator"):
             own = getattr(self, name).state_dict()
-            if name in params and params[name].keys() != own.keys():
+            if name in params and own.keys().isdisjoint(params[name]):
                 params[name] = own
         super().set_parameters(params, exact_match, device)
 

@@ -300,6 +300,7 @@ class TestActor:
             assert noise.mean().abs() < 5 / math.sqrt(800) and abs(noise.var() - 1) < 5 * math.sqrt(2 / 800)
             assert th.allclose(draws.denoised, actor.denoise(embedding, draws.x, draws.sigma), atol=1e-5)
             assert th.equal(draws.std, actor.split(embedding)[2])
+            assert th.allclose(actor.get_std(), draws.std.mean(dim=(0, 1)))
             expected = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
         loss.backward()
@@ -318,13 +319,6 @@ class TestActor:
         model.actor.training_dtype = dtype
         model.train(5, 64)
         assert all(param.dtype == th.float32 and param.isfinite().all() for param in model.policy.parameters())
-
-    def test_learns_in_the_states_it_acts_in(self):
-        model = DQS("MlpPolicy", OneStepEnv(), ent_coef=0.3, learning_rate=3e-3, learning_starts=100, batch_size=64, seed=0,
-                    policy_kwargs={"net_arch": [32]}, device="cpu")  # fmt: skip
-        model.learn(900)
-        action, _ = model.predict(np.array([1, 0], np.float32), deterministic=True)
-        assert np.abs(action - 0.7).max() < 0.25
 
 
 class TestNamesOfSac:

@@ -72,10 +72,10 @@ def test_traces_of_a_linear_denoiser(action_dim):
 @pytest.mark.parametrize("action_dim", [1, 3])
 def test_density_of_a_gaussian_with_one_trace(action_dim):
     """Above and below that level the integrals are known."""
-    sigma, sigma_max, latents = 0.05, 20.0, th.randn(5, action_dim)
-    density = PathDensity(lambda x, sigma: STD**2 / (STD**2 + sigma**2) * x, latents, [sigma_max, sigma])
+    std, sigma, sigma_max, latents = 3.0, 2.0, 5.0, th.randn(5, action_dim)
+    density = PathDensity(lambda x, sigma: std**2 / (std**2 + sigma**2) * x, latents, [sigma_max, sigma])
     density(1, latents, sigma, density.denoise(latents, sigma))
-    trace = action_dim * STD**2 / (STD**2 + sigma**2)
+    trace = action_dim * std**2 / (std**2 + sigma**2)
     expected = -(latents.pow(2).sum(dim=1) + action_dim * math.log(2 * math.pi)) / 2 - action_dim * math.log(sigma)
     expected = expected - trace * (1 - (sigma / sigma_max) ** 2) / 2 + (action_dim - trace) / 2
     assert th.allclose(density.log_density(latents), expected, atol=1e-4)

@@ -169,7 +169,8 @@ def test_fast_is_plain(data):
         def act(dtype=dtype, n_states=n_states):
             embedding = actor.embed(obs[:n_states])
             u, log_prob = actor.sample_log_prob(embedding, latents[:n_states], dtype=dtype)
-            return u, actor.sample(embedding, latents[:n_states], dtype), actor(obs[:n_states], deterministic=True), log_prob
+            several = actor.sample(embedding.unsqueeze(1), latents[:n_states].unsqueeze(1).expand(-1, 2, -1), dtype)
+            return u, several, actor(obs[:n_states], deterministic=True), log_prob
 
         is_rounded = is_quantised or dtype is not None
         check, tolerances = (assert_mostly_close, (0.01, 0.1)) if is_rounded else (assert_close, (1e-5, 1e-3))
