@@ -59,7 +59,7 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
     checkpoint = args.checkpoints / path.relative_to(args.out).with_suffix("")
     cls = find_algorithm(algorithm)
     if rows and checkpoint.with_suffix(".zip").exists():
-        model = cls.load(checkpoint, env=env_id, device="cpu")
+        model = cls.load(checkpoint, env=gym.make(env_id), device="cpu")
         model.load_replay_buffer(checkpoint.with_suffix(".pkl"))
         cpu_seconds = float(rows[-1]["cpu_seconds"])
     else:
