@@ -38,4 +38,6 @@ format:
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
+type lint check-codestyle format: install
+
 commit-checks: format type lint

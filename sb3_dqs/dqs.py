@@ -229,6 +229,11 @@ class DQS(OffPolicyAlgorithm):
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         if isinstance(self.temperature, AutoTemperature):
             check_target_entropy(self.temperature.target_entropy, self.actor.action_dim)
+            if self.temperature.action_dim != self.actor.action_dim:
+                raise ValueError(
+                    f"`ent_coef`: the environment's actions have {self.actor.action_dim} dimensions, "
+                    f"got an AutoTemperature with action_dim={self.temperature.action_dim}."
+                )
         self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
         if self.augmentation is not None:
             self.augmentation.to(self.device)

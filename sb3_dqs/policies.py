@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -190,33 +190,47 @@ class DQSPolicy(BasePolicy):
         # Target networks should always be in eval mode
         self.critic_target.set_training_mode(False)
 
-    @th.no_grad()
     def _check_critic(self) -> None:
         """
-        Evaluate the critic on two observations of zeros.
+        Call the methods of the critic for two observations of zeros.
 
-        :raises ValueError: if it cannot give them, or their shapes are wrong
+        :raises ValueError: if one of them fails or gives a wrong shape, and if the gradient of the values with respect to the
+            actions, or of the loss with respect to the critic's parameters, is missing
         """
         n_states, n_actions, action_dim = 2, 3, self.actor.action_dim
         obs = zero_observations(self.observation_space, n_states, self.device)
         actions = th.zeros(n_states, n_actions, action_dim, device=self.device)
-        name = self.critic_class.__name__
-        with evaluation_mode(self.critic):
+        start = f"policy_kwargs: `critic_class`={self.critic_class.__name__}"
+
+        def call(method: str, function: Callable[[], th.Tensor], *expected: int | None) -> th.Tensor:
             try:
-                backup_values = self.critic.backup_values(obs, actions[:, 0])
-                values = self.critic.energy(obs)(actions)
+                result = function()
             except Exception as error:
                 raise ValueError(
-                    f"policy_kwargs: `critic_class`={name} fails on {n_states} observations of zeros "
-                    f"({type(error).__name__}: {error}); see sb3_dqs.critics.Critic for what it must answer."
+                    f"{start}: {method} fails on {n_states} observations of zeros ({type(error).__name__}: {error}); "
+                    "see sb3_dqs.critics.Critic for what it must return."
                 ) from error
-        for method, shape, expected in (
-            ("backup_values", tuple(getattr(backup_values, "shape", ())), f"({n_states}, m)"),
-            ("energy", tuple(getattr(values, "shape", ())), f"({n_states}, {n_actions})"),
-        ):
-            is_right = len(shape) == 2 and shape[0] == n_states and (method == "backup_values" or shape[1] == n_actions)
-            if not is_right:
-                raise ValueError(f"policy_kwargs: `critic_class`={name}: {method} must give shape {expected}, got {shape}.")
+            shape = tuple(getattr(result, "shape", ("none",)))
+            if len(shape) != len(expected) or any(
+                want not in (None, size) for size, want in zip(shape, expected, strict=True)
+            ):
+                wanted = ", ".join("m" if size is None else str(size) for size in expected)
+                raise ValueError(f"{start}: {method} must give shape ({wanted}), got {shape}.")
+            return result
+
+        with evaluation_mode(self.critic):
+            with th.no_grad():
+                targets = call("backup_values", lambda: self.critic.backup_values(obs, actions[:, 0]), n_states, None)
+            values = call("energy", lambda: self.critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
+            loss = call("loss", lambda: self.critic.loss(obs, actions[:, 0].detach(), th.zeros_like(targets)))
+        if not values.requires_grad:
+            raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
+        parameters = [param for param in self.critic.parameters() if param.requires_grad]
+        if not loss.requires_grad or all(grad is None for grad in th.autograd.grad(loss, parameters, allow_unused=True)):
+            raise ValueError(
+                f"{start}: the gradient of loss reaches none of the critic's parameters; register its networks, "
+                "for instance in a torch.nn.ModuleList or by add_module()."
+            )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -115,7 +115,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         scalars = ", ".join(f"{name} {value:.3g}" for name, value in self.scalars().items())
-        return f"{scalars} ({len(self.policy_means)} states)"
+        n_states = len(self.policy_means)
+        return f"{scalars} ({n_states} state{'s' if n_states > 1 else ''})"
 
 
 def _root_mean_square(values: np.ndarray) -> np.ndarray:

@@ -319,6 +319,10 @@ WRONG = {
     "backup_values fails": ("backup_values", fail),
     "backup_values has one dimension": ("backup_values", lambda obs, actions: actions[:, 0]),
     "backup_values is a tuple": ("backup_values", lambda obs, actions: (actions, actions)),
+    "energy has no gradient": ("energy", lambda obs: lambda actions: actions.sum(dim=2).detach()),
+    "loss fails": ("loss", fail),
+    "loss of every row": ("loss", lambda obs, actions, targets: targets),
+    "loss reaches no network": ("q_networks", [nn.Linear(4, 1)]),
 }
 
 
