@@ -3,8 +3,8 @@ How close is the learned policy to exp(Q / ent_coef) / Z, beside the estimators 
 
     python benchmarks/fidelity.py --seeds 0 1 2 3
 
-Trains the actor by ``DQS.actor_loss()``, with the log-density of a known distribution in place of Q, once per estimator of the
-regression target, with the same steps. Prints the sliced Wasserstein-1 distance of its actions to exact samples over that
+Trains the actor by ``DQS.actor_loss()`` and ``DQS.next_actor_loss()``, with the log-density of a known distribution in place
+of Q, once per estimator of the regression target, with the same steps. Prints the sliced Wasserstein-1 distance of its actions to exact samples over that
 between two exact sets (1 is perfect), the errors of the mode shares and of the entropy, and the cost, as means and standard
 deviations over seeds. "exact samples" is ordinary denoising of exact samples: the limit of network and solver. Every run is a
 row of ``benchmarks/results/fidelity.csv``; runs of this commit that are there are not run again, and ``--report-only`` prints
@@ -121,21 +121,27 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
         model.actor.training_sample = draw_exactly  # type: ignore[method-assign]
     optimizer = model.actor.optimizer
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    obs, ess = th.zeros(BATCH_SIZE, 1), []
+    obs, dones, ess, n_targets = th.zeros(BATCH_SIZE, 1), th.zeros(BATCH_SIZE, 1), [], 0
     for step in range(steps):
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
-        loss, metrics = model.actor_loss(obs, ent_coef)
+        if model.draws_own_actions(step, dones):
+            loss, metrics = model.actor_loss(obs, ent_coef)
+            n_targets += round(model.own_share * BATCH_SIZE) * model.n_draws
+        else:
+            with th.no_grad():
+                next_u, _ = model.actor.draw(obs)
+            loss, metrics = model.next_actor_loss(obs, next_u, dones, ent_coef)
+            n_targets += BATCH_SIZE * model.n_copies
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         ess.append(float(metrics.get("ess", np.nan)))
     critic: Any = model.critic
-    n_targets = steps * BATCH_SIZE
     return lambda n: th.as_tensor(model.predict(np.zeros((n, 1), np.float32))[0]), {
         "entropy": model.policy.entropy(obs[:1], n_actions=2048).item(),
-        "ess": float(np.mean(ess[-steps // 4 :])),
+        "ess": float(np.nanmean(ess[-steps // 4 :])),
         "forward": critic.n_values / n_targets,
         "backward": critic.n_gradients / n_targets,
     }

@@ -36,7 +36,7 @@ MIN_WIDTH = 0.03  # of a kernel
 VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "SAC": (SAC, {}),
     "DQS": (DQS, {}),
-    "DQS, policy_delay=1": (DQS, {"policy_delay": 1}),
+    "DQS, policy_delay=2": (DQS, {"policy_delay": 2}),
 }
 
 

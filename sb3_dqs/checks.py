@@ -62,7 +62,10 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_entropy": (lambda v: v == "auto" or _is_real(v), '"auto" (minus the number of action dimensions) or a number'),
     "sde_sample_freq": (lambda v: v == -1 or is_int(v, 1), "an integer >= 1, or -1 for once per rollout"),
     "n_mc_samples": (lambda v: is_int(v, 2), "an integer >= 2"),
+    "own_share": (lambda v: _is_real(v, 0, 1) and v > 0, "a number above 0, at most 1"),
+    "own_draws_freq": (lambda v: is_int(v, 1), "an integer >= 1"),
     "n_draws": (lambda v: is_int(v, 1), "an integer >= 1"),
+    "n_copies": (lambda v: is_int(v, 1), "an integer >= 1"),
     "policy_delay": (lambda v: is_int(v, 1), "an integer >= 1"),
     "denoiser_target": (
         lambda v: isinstance(v, DenoiserTarget) or (isinstance(v, str) and v in DENOISER_TARGETS),

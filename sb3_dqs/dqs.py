@@ -15,7 +15,6 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
-from torch.nn import functional as F
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
@@ -97,8 +96,11 @@ class DQS(OffPolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target, that is of actions that the critic values
         per target, at least 2; larger is more accurate and slower
-    :param n_draws: Number of actions per state that the actor's update draws and noises; it uses ``batch_size / n_draws``
-        states, so that there is one regression target per transition
+    :param own_draws_freq: Every ``own_draws_freq``-th update of the actor draws actions of its own; the others use those that
+        the critics' target has drawn at the next observations
+    :param own_share: Share of the batch's observations, at random, at which the actor draws actions of its own
+    :param n_draws: Number of actions that it draws per observation, each noised once
+    :param n_copies: Number of noisy copies of each action that the critics' target has drawn
     :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
@@ -156,8 +158,11 @@ class DQS(OffPolicyAlgorithm):
         _init_setup_model: bool = True,
         *,
         n_mc_samples: int = 12,
+        own_draws_freq: int = 8,
+        own_share: float = 0.25,
         n_draws: int = 4,
-        policy_delay: int = 2,
+        n_copies: int = 2,
+        policy_delay: int = 1,
         denoiser_target: str | DenoiserTarget = "posterior_mean",
         backup: str = "soft",
         augmentation: nn.Module | None = None,
@@ -202,7 +207,10 @@ class DQS(OffPolicyAlgorithm):
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
         self.n_mc_samples = n_mc_samples
+        self.own_draws_freq = own_draws_freq
+        self.own_share = own_share
         self.n_draws = n_draws
+        self.n_copies = n_copies
         self.policy_delay = policy_delay
         self.denoiser_target = denoiser_target
         self.backup = backup
@@ -267,8 +275,8 @@ class DQS(OffPolicyAlgorithm):
 
             # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s')
             with th.no_grad():
-                next_actions, next_log_prob = self.actor.action_log_prob(next_obs)
-                next_values = self.critic_target.backup_values(next_obs, next_actions)
+                next_u, next_log_prob = self.actor.draw(next_obs)
+                next_values = self.critic_target.backup_values(next_obs, th.tanh(next_u))
                 if self.backup == "soft":
                     # add entropy term
                     next_values = next_values - ent_coef * next_log_prob.unsqueeze(1)
@@ -279,9 +287,12 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  u ~ pi(.|s),  x = u + sigma eps
+            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps
             if self._n_updates % self.policy_delay == 0:
-                actor_loss, metrics = self.actor_loss(obs, ent_coef)
+                if self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones):
+                    actor_loss, metrics = self.actor_loss(obs, ent_coef)
+                else:
+                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, replay_data.dones, ent_coef)
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
@@ -314,38 +325,85 @@ class DQS(OffPolicyAlgorithm):
                 check_finite(f"train/{name}", mean, self.num_timesteps)
                 self.logger.record(f"train/{name}", mean)
 
+    def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
+        """
+        Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, where the
+        estimator is not made for next states, and where most transitions of the batch end an episode.
+
+        :param n_actor_updates: number of updates of the actor so far
+        :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
+        :return: True for ``actor_loss()``, False for ``next_actor_loss()``
+        """
+        is_due = n_actor_updates % self.own_draws_freq == 0
+        return is_due or self.target_estimator.for_next_states is None or bool(dones.mean() > 0.5)
+
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Loss of the actor, with gradients: its error as a denoiser of actions of its own, whose targets come from the critic.
+        Loss of the actor, with gradients: its error as a denoiser of actions that it draws for this, ``n_draws`` per state.
         Updates the running means of the denoiser's target.
 
-        :param obs: Observation; a share ``1 / n_draws`` of them, at random, is used
+        :param obs: Observation; a share ``own_share`` of them, at random, is used
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
         """
-        n_obs, n_draws = count(obs), self.n_draws
-        # As many targets as observations; batch normalisation needs two states
-        n_states = max(math.ceil(n_obs / n_draws), 2)
-        obs = select(obs, th.randperm(n_obs, device=self.device)[:n_states])
-
-        # Draw actions u, and noise them
+        n_states = max(math.ceil(self.own_share * count(obs)), 2)  # batch normalisation needs two
+        obs = select(obs, th.randperm(count(obs), device=self.device)[:n_states])
         embedding = self.actor.embed(obs).unsqueeze(1)
         with th.no_grad():
-            latents = th.randn(len(embedding), n_draws, self.actor.action_dim, device=self.device)
+            latents = th.randn(n_states, self.n_draws, self.actor.action_dim, device=self.device)
             u = self.actor.training_sample(embedding, latents)
-            sigma = self.actor.noise.training(len(u), n_draws, self.device)
-            x = u + sigma * th.randn_like(u)
+        errors, metrics = self._denoising_errors(obs, embedding, u, self.n_draws, self.target_estimator, ent_coef)
+        return errors.mean(), metrics
 
-        # Denoise them, and estimate E[u | x] from the critic's energy (see MlpCritic.energy; without dropout and the like)
+    def next_actor_loss(
+        self, next_obs: PyTorchObs, next_u: th.Tensor, dones: th.Tensor, ent_coef: th.Tensor | float
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Loss of the actor, with gradients: its error as a denoiser of one action per next observation.
+
+        :param next_obs: next observations
+        :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
+        :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
+        :param ent_coef: temperature
+        :return: the loss, 0-d, and scalars to log, by name
+        """
+        estimator = self.target_estimator.for_next_states
+        assert estimator is not None  # for type checker
+        embedding, u = self.actor.embed(next_obs).unsqueeze(1), next_u.unsqueeze(1)
+        errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
+        is_followed = (1 - dones).expand_as(errors)
+        return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics
+
+    def _denoising_errors(
+        self,
+        obs: PyTorchObs,
+        embedding: th.Tensor,
+        u: th.Tensor,
+        n_noisy: int,
+        estimator: DenoiserTarget,
+        ent_coef: th.Tensor | float,
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Noise unsquashed actions u to ``x = u + sigma * eps``, denoise them, and compare with estimates of ``E[u | x]`` from the
+        critic's energy.
+
+        :param obs: observations of n_states states
+        :param embedding: of these, with gradients, shape (n_states, 1, width)
+        :param u: shape (n_states, n_noisy, action_dim), or (n_states, 1, action_dim): one action, noised n_noisy times
+        :return: squared errors of unit scale at every noise level (Karras et al. 2022, section 5), shape (n_states, n_noisy),
+            and scalars to log, by name
+        """
+        sigma = self.actor.noise.training(len(u), n_noisy, self.device)
+        x = u + sigma * th.randn(len(u), n_noisy, self.actor.action_dim, device=self.device)
         denoised = self.actor.denoise(embedding, x, sigma)
+        # The critic values actions in evaluation mode: without dropout, with the statistics of batch normalisation at rest
         with th.no_grad(), evaluation_mode(self.critic):
             _, _, std = self.actor.split(embedding)
             density = BoltzmannDensity(self.critic.energy, obs, ent_coef)
-            targets, metrics = self.target_estimator(density, Draws(u, x, sigma, denoised, std))
-            # The errors are of unit scale at every noise level (Karras et al. 2022, section 5)
+            targets, metrics = estimator(density, Draws(u, x, sigma, denoised, std))
             scale = c_out(sigma, std)
-            self.actor.last_std = std.mean(dim=(0, 1))
-        return F.mse_loss(denoised / scale, targets / scale), metrics
+            self.actor.last_std = std.mean(dim=(0, 1))  # logged, see Actor.get_std()
+        return ((denoised - targets) / scale).pow(2).mean(dim=2), metrics
 
     def learn(
         self: SelfDQS,

@@ -18,7 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
-from toys import OneStepEnv, RandomEnv, Recorder, same
+from toys import OneStepEnv, RandomEnv, Recorder, TwoRecorders, same
 
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.critics import MlpCritic
@@ -249,18 +249,18 @@ class MarkedGoals(gym.Env):
 class TestActor:
     """What its update asks of a denoiser's target."""
 
-    @pytest.mark.parametrize(("n_rows", "n_draws"), [(64, 4), (128, 4), (10, 4), (64, 1), (5, 8)])
-    def test_rows_are_as_many_as_came_back_in_no_order_and_none_is_preferred(self, make_model, n_rows, n_draws):
-        """One target per row of the batch, which can have another number of rows than was asked for."""
-        model, n_updates = make_model(denoiser_target=Recorder(), n_draws=n_draws, policy_delay=1).learn(25), 200
+    @pytest.mark.parametrize(("n_rows", "own_share"), [(64, 0.25), (128, 0.25), (10, 0.25), (64, 1.0), (5, 0.01)])
+    def test_rows_are_a_share_of_what_came_back_in_no_order_and_none_is_preferred(self, make_model, n_rows, own_share):
+        """The batch can have another number of rows than was asked for."""
+        model, n_updates = make_model(denoiser_target=Recorder(), own_share=own_share, n_draws=3).learn(25), 200
         sample = model.replay_buffer.sample
         number = th.arange(float(n_rows)).unsqueeze(1).expand(-1, 3)
         model.replay_buffer.sample = lambda *args, **kwargs: sample(n_rows)._replace(observations=number)
         model.target_estimator.seen.clear()
         model.train(n_updates, 64)
         densities, draws = zip(*model.target_estimator.seen, strict=True)
-        n_states = max(math.ceil(n_rows / n_draws), 2)
-        assert all(draw.x.shape == draw.denoised.shape == (n_states, n_draws, 1) for draw in draws)
+        n_states = max(math.ceil(n_rows * own_share), 2)
+        assert all(draw.x.shape == draw.denoised.shape == (n_states, 3, 1) for draw in draws)
         rows = th.stack([density.obs[:, 0] for density in densities])
         assert all(len(update.unique()) == n_states for update in rows)
         share = n_states / n_rows
@@ -306,11 +306,45 @@ class TestActor:
         loss.backward()
         assert all(param.grad is not None for param in actor.parameters())
 
+    def test_uses_the_critics_draws_at_next_states_but_for_every_eighth_update(self, make_model):
+        model = make_model(denoiser_target=TwoRecorders(), own_draws_freq=8).learn(25)
+        batches, draw, drawn = record_batches(model), model.actor.draw, []
+        model.actor.draw = lambda obs: drawn.append(draw(obs)) or drawn[-1]
+        own, copies = model.target_estimator.seen, model.target_estimator.for_next_states.seen
+        first, n_own, n_copies = model._n_updates, len(own), len(copies)
+        model.train(16, 64)
+        used = [i for i in range(16) if (first + i) % 8 != 0]
+        assert len(used) == 14 == len(copies) - n_copies and len(own) - n_own == 2
+        for (density, draws), i in zip(copies[n_copies:], used, strict=True):
+            assert th.equal(density.obs, batches[i].next_observations)
+            assert th.equal(draws.u.squeeze(1), drawn[i][0]) and draws.x.shape == (64, 2, 1)
+            noise = (draws.x - draws.u) / draws.sigma
+            assert abs(noise.mean()) < 5 / math.sqrt(128) and not th.allclose(noise[:, 0], noise[:, 1])
+
+    def test_learns_at_no_next_state_that_ends_an_episode(self, make_model):
+        model = make_model(denoiser_target=TwoRecorders()).learn(25)
+        obs, u = th.rand(6, 3), th.randn(6, 1)
+        losses = []
+        for n_ends in (0, 3, 6):
+            th.manual_seed(1)
+            dones = (th.arange(6) >= 6 - n_ends).float().unsqueeze(1)
+            losses.append(model.next_actor_loss(obs, u, dones, 0.2)[0])
+        _, draws = model.target_estimator.for_next_states.seen[-1]
+        errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)
+        expected = [errors.mean(), errors[:3].mean(), th.zeros(())]
+        assert th.allclose(th.stack(losses), th.stack(expected), rtol=1e-4)
+
+    def test_draws_actions_of_its_own_where_most_transitions_end_an_episode(self, make_model):
+        model = make_model(env=OneStepEnv(), denoiser_target=TwoRecorders()).learn(25)
+        model.target_estimator.seen.clear()
+        model.train(5, 64)
+        assert len(model.target_estimator.seen) == 5 and not model.target_estimator.for_next_states.seen
+
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
         model.train(30, 100)
         expected = model.policy.entropy(model.replay_buffer.sample(20).observations, n_actions=200).mean().item()
-        # Half as many traces as the policy itself takes
+        # Fewer traces than the policy itself takes
         assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected, abs=0.3)
 
     @pytest.mark.parametrize("dtype", [None, th.bfloat16])

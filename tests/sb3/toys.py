@@ -54,6 +54,18 @@ class Recorder(DenoiserTarget):
         return draws.u, {}
 
 
+class TwoRecorders(Recorder):
+    """One more for the next states."""
+
+    def __init__(self):
+        super().__init__()
+        self.next = Recorder()
+
+    @property
+    def for_next_states(self):
+        return self.next
+
+
 def same(first: Any, second: Any) -> bool:
     """Whether nested dictionaries and lists of tensors and numbers are equal bit for bit."""
     if isinstance(first, dict):
