@@ -129,9 +129,10 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
             loss, metrics = model.actor_loss(obs, ent_coef)
             n_targets += round(model.own_share * BATCH_SIZE) * model.n_draws
         else:
+            embedding = model.actor.embed(obs)
             with th.no_grad():
-                next_u, _ = model.actor.draw(obs)
-            loss, metrics = model.next_actor_loss(obs, next_u, dones, ent_coef)
+                next_u, _ = model.actor.draw(embedding)
+            loss, metrics = model.next_actor_loss(obs, embedding, next_u, dones, ent_coef)
             n_targets += BATCH_SIZE * model.n_copies
         optimizer.zero_grad()
         loss.backward()

@@ -253,18 +253,17 @@ class Actor(BasePolicy):
         :param obs: Observation
         :return: actions in [-1, 1], shape (batch_size, action_dim), and log-densities in nats, shape (batch_size,)
         """
-        u, log_prob = self.draw(obs)
+        u, log_prob = self.draw(self.embed(obs))
         return th.tanh(u), log_prob
 
-    def draw(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    def draw(self, embedding: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        As ``action_log_prob()``, before the tanh.
+        Draw one action per state, and return its log-density, as ``action_log_prob()`` does, but before the tanh.
 
-        :param obs: Observation
+        :param embedding: what ``embed()`` returned, shape (batch_size, width of the first layer + 2 * action_dim)
         :return: unsquashed actions u, shape (batch_size, action_dim), and log-densities of ``tanh(u)`` in nats,
             shape (batch_size,)
         """
-        embedding = self.embed(obs)
         latents = th.randn(len(embedding), self.action_dim, device=embedding.device)
         return self.training_sample_log_prob(embedding, latents)
 

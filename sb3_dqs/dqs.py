@@ -274,8 +274,9 @@ class DQS(OffPolicyAlgorithm):
             ent_coef = self.temperature(self._current_progress_remaining)
 
             # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s')
+            next_embedding = self.actor.embed(next_obs)
             with th.no_grad():
-                next_u, next_log_prob = self.actor.draw(next_obs)
+                next_u, next_log_prob = self.actor.draw(next_embedding)
                 next_values = self.critic_target.backup_values(next_obs, th.tanh(next_u))
                 if self.backup == "soft":
                     # add entropy term
@@ -292,7 +293,9 @@ class DQS(OffPolicyAlgorithm):
                 if self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones):
                     actor_loss, metrics = self.actor_loss(obs, ent_coef)
                 else:
-                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, replay_data.dones, ent_coef)
+                    actor_loss, metrics = self.next_actor_loss(
+                        next_obs, next_embedding, next_u, replay_data.dones, ent_coef
+                    )
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
@@ -356,12 +359,18 @@ class DQS(OffPolicyAlgorithm):
         return errors.mean(), metrics
 
     def next_actor_loss(
-        self, next_obs: PyTorchObs, next_u: th.Tensor, dones: th.Tensor, ent_coef: th.Tensor | float
+        self,
+        next_obs: PyTorchObs,
+        next_embedding: th.Tensor,
+        next_u: th.Tensor,
+        dones: th.Tensor,
+        ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Loss of the actor, with gradients: its error as a denoiser of one action per next observation.
 
         :param next_obs: next observations
+        :param next_embedding: what ``actor.embed()`` returned for them, with gradients
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
         :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
         :param ent_coef: temperature
@@ -369,7 +378,7 @@ class DQS(OffPolicyAlgorithm):
         """
         estimator = self.target_estimator.for_next_states
         assert estimator is not None  # for type checker
-        embedding, u = self.actor.embed(next_obs).unsqueeze(1), next_u.unsqueeze(1)
+        embedding, u = next_embedding.unsqueeze(1), next_u.unsqueeze(1)
         errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
         is_followed = (1 - dones).expand_as(errors)
         return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics

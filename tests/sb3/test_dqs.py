@@ -309,7 +309,7 @@ class TestActor:
     def test_uses_the_critics_draws_at_next_states_but_for_every_eighth_update(self, make_model):
         model = make_model(denoiser_target=TwoRecorders(), own_draws_freq=8).learn(25)
         batches, draw, drawn = record_batches(model), model.actor.draw, []
-        model.actor.draw = lambda obs: drawn.append(draw(obs)) or drawn[-1]
+        model.actor.draw = lambda embedding: drawn.append(draw(embedding)) or drawn[-1]
         own, copies = model.target_estimator.seen, model.target_estimator.for_next_states.seen
         first, n_own, n_copies = model._n_updates, len(own), len(copies)
         model.train(16, 64)
@@ -328,7 +328,7 @@ class TestActor:
         for n_ends in (0, 3, 6):
             th.manual_seed(1)
             dones = (th.arange(6) >= 6 - n_ends).float().unsqueeze(1)
-            losses.append(model.next_actor_loss(obs, u, dones, 0.2)[0])
+            losses.append(model.next_actor_loss(obs, model.actor.embed(obs), u, dones, 0.2)[0])
         _, draws = model.target_estimator.for_next_states.seen[-1]
         errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)
         expected = [errors.mean(), errors[:3].mean(), th.zeros(())]
