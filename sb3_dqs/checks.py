@@ -65,6 +65,7 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "own_share": (lambda v: _is_real(v, 0, 1) and v > 0, "a number above 0, at most 1"),
     "own_draws_freq": (lambda v: is_int(v, 1), "an integer >= 1"),
     "n_draws": (lambda v: is_int(v, 1), "an integer >= 1"),
+    "next_share": (lambda v: _is_real(v, 0, 1) and v > 0, "a number above 0, at most 1"),
     "n_copies": (lambda v: is_int(v, 1), "an integer >= 1"),
     "policy_delay": (lambda v: is_int(v, 1), "an integer >= 1"),
     "denoiser_target": (

@@ -100,7 +100,8 @@ class DQS(OffPolicyAlgorithm):
         the critics' target has drawn at the next observations
     :param own_share: Share of the batch's observations, at random, at which the actor draws actions of its own
     :param n_draws: Number of actions that it draws per observation, each noised once
-    :param n_copies: Number of noisy copies of each action that the critics' target has drawn
+    :param next_share: Share of the batch's next observations, at random, at which the other updates learn
+    :param n_copies: Number of noisy copies of each action there
     :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
@@ -161,6 +162,7 @@ class DQS(OffPolicyAlgorithm):
         own_draws_freq: int = 8,
         own_share: float = 0.25,
         n_draws: int = 4,
+        next_share: float = 0.5,
         n_copies: int = 2,
         policy_delay: int = 1,
         denoiser_target: str | DenoiserTarget = "posterior_mean",
@@ -210,6 +212,7 @@ class DQS(OffPolicyAlgorithm):
         self.own_draws_freq = own_draws_freq
         self.own_share = own_share
         self.n_draws = n_draws
+        self.next_share = next_share
         self.n_copies = n_copies
         self.policy_delay = policy_delay
         self.denoiser_target = denoiser_target
@@ -293,9 +296,7 @@ class DQS(OffPolicyAlgorithm):
                 if self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones):
                     actor_loss, metrics = self.actor_loss(obs, ent_coef)
                 else:
-                    actor_loss, metrics = self.next_actor_loss(
-                        next_obs, next_embedding, next_u, replay_data.dones, ent_coef
-                    )
+                    actor_loss, metrics = self.next_actor_loss(next_obs, next_embedding, next_u, replay_data.dones, ent_coef)
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
@@ -369,7 +370,7 @@ class DQS(OffPolicyAlgorithm):
         """
         Loss of the actor, with gradients: its error as a denoiser of one action per next observation.
 
-        :param next_obs: next observations
+        :param next_obs: next observations; a share ``next_share`` of them, at random, is used
         :param next_embedding: what ``actor.embed()`` returned for them, with gradients
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
         :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
@@ -378,9 +379,10 @@ class DQS(OffPolicyAlgorithm):
         """
         estimator = self.target_estimator.for_next_states
         assert estimator is not None  # for type checker
-        embedding, u = next_embedding.unsqueeze(1), next_u.unsqueeze(1)
-        errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
-        is_followed = (1 - dones).expand_as(errors)
+        rows = th.randperm(len(next_u), device=self.device)[: math.ceil(self.next_share * len(next_u))]
+        embedding, u = next_embedding[rows].unsqueeze(1), next_u[rows].unsqueeze(1)
+        errors, metrics = self._denoising_errors(select(next_obs, rows), embedding, u, self.n_copies, estimator, ent_coef)
+        is_followed = (1 - dones[rows]).expand_as(errors)
         return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics
 
     def _denoising_errors(
@@ -393,8 +395,8 @@ class DQS(OffPolicyAlgorithm):
         ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Noise unsquashed actions u to ``x = u + sigma * eps``, denoise them, and compare with estimates of ``E[u | x]`` from the
-        critic's energy.
+        Noise unsquashed actions u to ``x = u + sigma * eps``, denoise them, and compare with estimates of ``E[u | x]`` from
+        the critic's energy.
 
         :param obs: observations of n_states states
         :param embedding: of these, with gradients, shape (n_states, 1, width)

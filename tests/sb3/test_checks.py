@@ -36,6 +36,7 @@ BAD_ARGUMENTS = {
     "own_share": [0, -0.5, 1.5, NAN, "all", None],
     "own_draws_freq": [0, -1, 8.0, None],
     "n_draws": [0, -1, 4.0, None],
+    "next_share": [0, -0.5, 1.5, NAN, "all", None],
     "n_copies": [0, -1, 2.0, None],
     "policy_delay": [0, -1, 0.5, None],
     "denoiser_target": ["gradient", None, 1, PosteriorMean],

@@ -316,23 +316,25 @@ class TestActor:
         used = [i for i in range(16) if (first + i) % 8 != 0]
         assert len(used) == 14 == len(copies) - n_copies and len(own) - n_own == 2
         for (density, draws), i in zip(copies[n_copies:], used, strict=True):
-            assert th.equal(density.obs, batches[i].next_observations)
-            assert th.equal(draws.u.squeeze(1), drawn[i][0]) and draws.x.shape == (64, 2, 1)
+            rows = (density.obs.unsqueeze(1) == batches[i].next_observations).all(dim=2).float().argmax(dim=1)
+            assert th.equal(density.obs, batches[i].next_observations[rows]) and draws.x.shape == (32, 2, 1)
+            # A transition can be in the batch twice
+            u = drawn[i][0]
+            assert all(((u == row_u) & (batches[i].next_observations == obs).all(dim=1, keepdim=True)).any()
+                       for row_u, obs in zip(draws.u.squeeze(1), density.obs, strict=True))  # fmt: skip
             noise = (draws.x - draws.u) / draws.sigma
-            assert abs(noise.mean()) < 5 / math.sqrt(128) and not th.allclose(noise[:, 0], noise[:, 1])
+            assert abs(noise.mean()) < 5 / math.sqrt(64) and not th.allclose(noise[:, 0], noise[:, 1])
 
     def test_learns_at_no_next_state_that_ends_an_episode(self, make_model):
-        model = make_model(denoiser_target=TwoRecorders()).learn(25)
+        model = make_model(denoiser_target=TwoRecorders(), next_share=1.0).learn(25)
         obs, u = th.rand(6, 3), th.randn(6, 1)
-        losses = []
         for n_ends in (0, 3, 6):
-            th.manual_seed(1)
             dones = (th.arange(6) >= 6 - n_ends).float().unsqueeze(1)
-            losses.append(model.next_actor_loss(obs, model.actor.embed(obs), u, dones, 0.2)[0])
-        _, draws = model.target_estimator.for_next_states.seen[-1]
-        errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)
-        expected = [errors.mean(), errors[:3].mean(), th.zeros(())]
-        assert th.allclose(th.stack(losses), th.stack(expected), rtol=1e-4)
+            loss, _ = model.next_actor_loss(obs, model.actor.embed(obs), u, dones, 0.2)
+            density, draws = model.target_estimator.for_next_states.seen[-1]
+            rows = (density.obs.unsqueeze(1) == obs).all(dim=2).float().argmax(dim=1)
+            errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)[rows < 6 - n_ends]
+            assert loss.item() == pytest.approx(errors.mean().item() if n_ends < 6 else 0, rel=1e-4)
 
     def test_draws_actions_of_its_own_where_most_transitions_end_an_episode(self, make_model):
         model = make_model(env=OneStepEnv(), denoiser_target=TwoRecorders()).learn(25)

@@ -147,7 +147,7 @@ class TestInstances:
         """Two models of one instance do not share it, and it is as the user made it."""
         kwargs = {"denoiser_target": CountingTarget(), "ent_coef": CountingTemperature()}
         first, second = make_model(**kwargs).learn(30), make_model(**kwargs)
-        assert first.target_estimator.n_calls == 5 and first.temperature.n_updates == 10
+        assert first.target_estimator.n_calls == 10 and first.temperature.n_updates == 10
         for target, temperature in (kwargs.values(), (second.target_estimator, second.temperature)):
             assert target.n_calls == temperature.n_updates == 0
 

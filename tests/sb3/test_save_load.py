@@ -134,7 +134,8 @@ def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
         with zipfile.ZipFile(path) as archive:
             return set(json.loads(archive.read("data")))
 
-    ours = {"n_mc_samples", "n_draws", "own_draws_freq", "own_share", "n_copies", "denoiser_target", "policy_delay", "backup", "augmentation", "compile"}
+    ours = {"n_mc_samples", "own_draws_freq", "own_share", "n_draws", "next_share", "n_copies", "policy_delay"}
+    ours |= {"denoiser_target", "backup", "augmentation", "compile"}
     assert keys(tmp_path / "dqs.zip") - keys(tmp_path / "sac.zip") == ours
 
 
