@@ -6,9 +6,9 @@ How close is the learned policy to exp(Q / ent_coef) / Z, beside the estimators 
 Trains the actor by ``DQS.actor_loss()`` and ``DQS.next_actor_loss()``, with the log-density of a known distribution in place
 of Q, once per estimator of the regression target, with the same steps. Prints the sliced Wasserstein-1 distance of its actions
 to exact samples over that between two exact sets (1 is perfect), the errors of the mode shares and of the entropy, and the
-cost, as means and standard deviations over seeds. "exact samples" is ordinary denoising of exact samples: the limit of network and solver. Every run is a
-row of ``benchmarks/results/fidelity.csv``; runs of this commit that are there are not run again, and ``--report-only`` prints
-the rows of all commits. Some twenty seconds of one core per estimator, target and seed.
+cost, as means and standard deviations over seeds. "exact samples" is ordinary denoising of exact samples: the limit of network
+and solver. Every run is a row of ``benchmarks/results/fidelity.csv``; runs of this commit that are there are not run again,
+and ``--report-only`` prints the rows of all commits. Some twenty seconds of one core per estimator, target and seed.
 """
 
 import argparse

@@ -160,7 +160,7 @@ class TestInstances:
         assert make_model(n_mc_samples=9).target_estimator.pooled.n_samples == 9
 
     def test_metrics_of_an_estimator_are_logged(self, make_model):
-        model = make_model(denoiser_target=CountingTarget()).learn(30)
+        model = make_model(denoiser_target=CountingTarget(), policy_delay=2).learn(30)
         model.train(4, 16)
         assert model.logger.name_to_value["train/calls"] == pytest.approx((6 + 7) / 2)
         assert "train/ess" not in model.logger.name_to_value
