@@ -332,7 +332,7 @@ class DQS(OffPolicyAlgorithm):
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
         """
         Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, where the
-        estimator is not made for next states, and where most transitions of the batch end an episode.
+        estimator does not take next states, and where most transitions of the batch end an episode.
 
         :param n_actor_updates: number of updates of the actor so far
         :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)

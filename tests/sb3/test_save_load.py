@@ -19,7 +19,12 @@ from sb3_dqs import DQS
 from sb3_dqs.noise import NoiseLevels
 
 # What steers learning besides the networks and their optimizers
-STEERING = ("temperature.log_ent_coef", "temperature.mean_error.value", "target_estimator.mean_ess.value")
+STEERING = (
+    "temperature.log_ent_coef",
+    "temperature.mean_error.value",
+    "target_estimator.mean_ess.value",
+    "target_estimator.gradient_noise.value",
+)
 
 
 def get(model: DQS, name: str) -> th.Tensor:

@@ -182,50 +182,66 @@ class TestGradientStep:
         targets, _ = GradientStep(math.inf, math.inf)(gaussian(mean, std), make_draws(u, x, sigma, std=std))
         assert th.allclose(targets, (mean / std**2 + x / sigma**2) / (1 / std**2 + 1 / sigma**2), atol=1e-4)
 
-    @pytest.mark.parametrize(("common_step", "max_step"), [(3.0, 6.0), (1.0, 0.5)])
+    @pytest.mark.parametrize(("common_step", "max_step"), [(3.0, 12.0), (1.0, 2.0)])
     def test_lengths_of_steps_of_a_steep_energy(self, common_step, max_step):
-        """Uphill everywhere; lengths are root mean squares in units of the width that p(u|x) has for a Gaussian policy."""
+        """Uphill everywhere; lengths in units of the width that p(u|x) has for a Gaussian policy."""
         draws = noisy_draws(50, 4, 3, std=th.tensor([0.02, 0.5, 2.0]))
         targets, _ = GradientStep(common_step, max_step)(lambda u: -1e10 * th.tanh(u).sum(dim=2), draws)
-        width = c_out(draws.sigma, draws.std)
-        steps = (targets - draws.u) / width
-        lengths, steepness = (each.pow(2).mean(dim=2).sqrt() for each in (steps, steps * draws.std / width))
+        steps = (targets - draws.u) * (draws.sigma**2 + draws.std**2).sqrt() / (draws.sigma * draws.std)
+        lengths = steps.norm(dim=2)
         assert (steps < 1e-2).all() and lengths.max() < max_step + 1e-2
-        if max_step > 2 * common_step - 1:  # does not bind at the median
-            assert steepness.median() == pytest.approx(common_step, rel=0.3)
+        assert lengths.median() == pytest.approx(common_step, rel=0.5)
+
+    @pytest.mark.parametrize("n_states", [1, 40])
+    def test_lengths_of_steps_of_one_action_per_state_are_limited_by_those_of_all_states(self, n_states):
+        u, sigma = th.zeros(n_states, 1, 2), th.full((n_states, 2, 1), 5.0)
+        slopes = th.linspace(100, 300, n_states).unsqueeze(1) if n_states > 1 else th.full((1, 1), 100.0)
+        targets, _ = GradientStep()(lambda u: slopes * u.sum(dim=2), make_draws(u, u.expand(-1, 2, -1), sigma))
+        width = 5 * 0.9 / math.hypot(5, 0.9)
+        squares = (targets / width).pow(2).sum(dim=2)
+        assert squares.mean().item() == pytest.approx(9, rel=1e-3) and (squares > 0).all()
 
     def test_one_gradient_serves_all_copies(self):
         u, sigma = th.randn(20, 1, 2), NoiseLevels().training(20, 3)
         x, density = u + sigma * th.randn(20, 3, 2), log_density_of("linear")
-        targets, _ = GradientStep()(density, make_draws(u, x, sigma))
-        expected, _ = GradientStep()(density, make_draws(u.expand(-1, 3, -1), x, sigma))
+        estimator = GradientStep(math.inf, math.inf)
+        targets, _ = estimator(density, make_draws(u, x, sigma))
+        expected, _ = estimator(density, make_draws(u.expand(-1, 3, -1), x, sigma))
         assert th.allclose(targets, expected, atol=1e-5)
 
 
 class TestPosteriorMean:
     """Which of the two estimators gives the targets."""
 
-    @pytest.mark.parametrize(("mean_ess", "n_pooled"), [(1.0, 0), (3.5, 0), (3.6, 2), (3.75, 5), (4.0, 10), (9.0, 10)])
-    def test_pool_in_the_first_states_and_gradient_in_the_others(self, mean_ess, n_pooled):
+    @pytest.mark.parametrize(
+        ("mean_ess", "noise", "n_pooled"),
+        [(1.0, 9, 0), (3.5, 9, 0), (3.6, 9, 7), (3.75, 1, 5), (4.0, 0, 10), (9.0, 2, 10), (9.0, 3, 22), (9.0, 9, 35)],
+    )
+    def test_pool_in_the_first_states_and_gradient_in_the_others(self, mean_ess, noise, n_pooled):
         draws = noisy_draws(40, 4, 2)
         slopes = th.linspace(1, 3, 40).unsqueeze(1)  # each state has its own energy
         density = BoltzmannDensity(lambda slopes: lambda actions: slopes * actions.sum(dim=2), slopes, 1.0)
         estimator = PosteriorMean(5)
         estimator.mean_ess.value.fill_(mean_ess)
+        estimator.gradient_noise.value.fill_(noise)
+        assert (estimator.for_next_states is estimator.gradient) == (noise < 3)
         th.manual_seed(1)
         targets, metrics = estimator(density, draws)
         # In an eighth of the states candidates are valued in any case
         first = slice(max(n_pooled, 5))
         th.manual_seed(1)
         pooled, expected_metrics = PooledMean(5)(density[first], draws[first])
-        steps, _ = GradientStep()(density, draws)
-        assert th.equal(targets[:n_pooled], pooled[:n_pooled]) and th.equal(targets[n_pooled:], steps[n_pooled:])
+        rest = slice(n_pooled, None)
+        steps, _ = GradientStep()(density[rest], draws[rest])
+        assert th.equal(targets[:n_pooled], pooled[:n_pooled]) and th.equal(targets[rest], steps)
         assert th.equal(metrics["ess"], expected_metrics["ess"])
         assert estimator.mean_ess.value.item() == pytest.approx(0.95 * mean_ess + 0.05 * metrics["ess"].item())
+        errors = (steps - draws.denoised[rest]) / c_out(draws.sigma, draws.std)[rest]
+        assert metrics["gradient_noise"].item() == pytest.approx(0.95 * noise + 0.05 * errors.pow(2).mean().item(), rel=1e-4)
 
     @given(st.floats(1, 1000), st.integers(1, 1000))
     def test_number_of_states(self, mean_ess, n_states):
-        estimator = PosteriorMean(pooled_share=1.0, enough_samples=6.0, too_few_samples=3.0)
+        estimator = PosteriorMean(min_pooled_share=1.0, max_pooled_share=1.0, enough_samples=6.0, too_few_samples=3.0)
         assert estimator.count_pooled(n_states) == n_states  # before the first update
         estimator.mean_ess.value.fill_(mean_ess)
         n_pooled = estimator.count_pooled(n_states)
@@ -234,7 +250,7 @@ class TestPosteriorMean:
         assert n_pooled == 0 or mean_ess > 3
         estimator.mean_ess.value.fill_(4.5)
         assert estimator.count_pooled(2 * n_states) == n_states
-        estimator.pooled_share = 0.5
+        estimator.min_pooled_share = estimator.max_pooled_share = 0.5
         assert estimator.count_pooled(4 * n_states) == n_states
 
 
