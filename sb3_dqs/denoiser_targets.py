@@ -184,11 +184,11 @@ class PosteriorMean(DenoiserTarget):
     learning critic and sharpens the modes, but leaves their shares as they are. The pooled mean compares the modes, as long as
     it has candidates in them: with too few, the largest mode takes all.
 
-    The share of the states that use the pooled mean is a product of two factors. The first rises with the mean effective
-    sample size from 0 at ``too_few_samples`` to 1 at ``enough_samples``. The second rises with the noise of the gradient steps,
-    which tells several modes from one, from ``min_pooled_share`` to ``max_pooled_share``: the mean square of their distance
-    from the denoiser's answer in units of its error. It was 1 on a reach task, 5 to 8 for two and four modes. Next states use
-    gradient steps where the noise is low, and are not used where it is high.
+    The share of the states that use the pooled mean is a product of two factors. One rises with the mean effective sample
+    size, from 0 at ``too_few_samples`` to 1 at ``enough_samples``. The other rises with the noise of the gradient steps, which
+    tells several modes from one, from ``min_pooled_share`` to ``max_pooled_share``. The noise is the mean square of their
+    distance from the denoiser's answer, in units of its error: 1 on a reach task, 5 to 8 for two and four modes. Next states
+    use gradient steps where the noise is low, and are not used where it is high.
 
     :param n_samples: see :class:`PooledMean`
     :param enough_samples: effective sample size, of at most ``n_draws * (n_samples - 1) + 1``. Measured errors of mode shares

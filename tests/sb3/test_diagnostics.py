@@ -232,7 +232,7 @@ class TestDiagnose:
         model = make_model("MultiInputPolicy", DictEnv(1))
         result = diagnose(model, model.env.reset(), n_actions=8)
         assert result.entropy_gaps.shape == (1,) and np.isfinite(result.distance)
-        assert all(name in str(result) for name in ("1 states", "distance", "mean_gap", "spread_ratio", "entropy_gap"))
+        assert all(name in str(result) for name in ("1 state)", "distance", "mean_gap", "spread_ratio", "entropy_gap"))
         assert diagnose(make_model(), OBS[0], n_actions=8).entropy_gaps.shape == (1,)
 
     @pytest.mark.parametrize(("policy", "env"), [("MlpPolicy", ToyEnv(1)), ("MultiInputPolicy", DictEnv(1))])
@@ -283,7 +283,7 @@ def test_callback_does_not_change_training(make_model, kwargs):
 
 
 def test_callback_draws_normalised_states(make_model, monkeypatch):
-    model = make_model(env=VecNormalize(make_vec_env("Pendulum-v1", 1)))
+    model = make_model(env=VecNormalize(make_vec_env("Pendulum-v1", 1)), batch_size=64)
     energy, seen = model.critic.energy, []
 
     def record(obs):

@@ -222,20 +222,20 @@ class TestModulesOfUsers:
     def test_features_extractor(self, make_model, share):
         """It learns from the actor, and is in training mode where SAC's is; targets never are."""
         kwargs = {"features_extractor_class": NormExtractor, "share_features_extractor": share}
-        model = make_model(policy_kwargs=kwargs).learn(30)
+        model = make_model(policy_kwargs=kwargs, own_draws_freq=2).learn(30)
         actors, critics, targets = (net.features_extractor for net in (model.actor, model.critic, model.critic_target))
         assert (critics is actors) == share and targets is not critics
         of_critics = {id(param) for group in model.critic.optimizer.param_groups for param in group["params"]}
         assert of_critics.isdisjoint(map(id, actors.parameters()))
         before, n_modes = actors.linear.weight.clone(), [len(net.modes) for net in (actors, critics, targets)]
-        model.train(4, 16)  # two of them update the actor
+        model.train(4, 16)  # every second update of the actor draws actions of its own
         assert not th.equal(before, actors.linear.weight)
         modes = [net.modes[n:] for net, n in zip((actors, critics, targets), n_modes, strict=True)]
         if share:
-            # action_log_prob, critic.loss, actor_loss, and candidates
-            assert modes[0] == [True, True, True, False, True, True] * 2
+            # The next observations, critic.loss, the observations of actions of its own, and energies: of candidates, of u
+            assert modes[0] == [True, True, True, False, False, True, True, False] * 2
         else:
-            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, True] * 2
+            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, False, True, False] * 2
         assert modes[2] == [False] * 4
         model.predict(np.zeros(3, np.float32))
         assert not actors.modes[-1]
