@@ -6,7 +6,7 @@ Does the policy keep up with exp(Q / ent_coef) of its own critic while it learns
 Trains DQS and SAC for the same steps. At every evaluation, at 64 replayed states, compares the policy's actions with
 importance sampling of exp(Q / ent_coef): means (along the way to the goal for ``reach``, which has one), spreads, entropies.
 Half of the candidates are uniform on the box, half come from kernels around the policy's actions. Rows go to
-``benchmarks/results/tracking.csv``; a figure shows the means and the entropy gap.
+``benchmarks/results/tracking.csv`` with the commit of the package; a figure shows the means and the entropy gap.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from common import RESULTS, append_rows, print_provenance, print_table, read_rows, use_one_thread
+from common import RESULTS, append_rows, print_provenance, print_table, provenance, read_rows, use_one_thread
 from gymnasium import spaces
 from matplotlib.figure import Figure
 from stable_baselines3 import SAC, HerReplayBuffer
@@ -165,6 +165,8 @@ def run(variant: str, task: str, seed: int, steps: int, eval_freq: int, path: Pa
 
 def report(rows: list[dict[str, str]], path: Path) -> None:
     """Figure of the means and the entropy gap, and a table of the last rows."""
+    for row in rows:
+        row["variant"] += f" at {row['commit']}" if row["variant"].startswith("DQS") else ""
     tasks, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "variant"))
     figure = Figure(figsize=(5 * len(tasks), 6), layout="constrained")
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
@@ -208,7 +210,10 @@ def main() -> None:
     args = parser.parse_args()
     use_one_thread()
     print_provenance()
-    done = {(row["variant"], row["task"], int(row["seed"])) for row in read_rows(args.out)}
+    # Runs of DQS are repeated for every commit, those of its peers are not
+    commit = provenance()["commit"]
+    done = {(row["variant"], row["task"], int(row["seed"])) for row in read_rows(args.out)
+            if row["commit"] == commit or not row["variant"].startswith("DQS")}  # fmt: skip
     for task in args.tasks:
         for seed in args.seeds:
             for variant in args.variants:
