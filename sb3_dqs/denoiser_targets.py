@@ -90,7 +90,7 @@ class DenoiserTarget(nn.Module):
 
     def forward(self, density: BoltzmannDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Called once per update of the actor, without gradients, with the critic in evaluation mode.
+        Called in the update of the actor, without gradients, with the critic in evaluation mode.
 
         :param density: log-density of u, up to a constant per state
         :param draws: the draws x of which need a target
@@ -153,10 +153,11 @@ class GradientStep(DenoiserTarget):
     Averaged over states that a network cannot tell apart, means of p(u|x) make a policy as broad as all of them together;
     averaged gradients make it narrow, as in SAC. One gradient serves all noisy copies of an action.
 
-    :param common_step: a step is shortened by the factor that would bring the gradients at the other draws of the state (with
-        one action per state, those of all states) to this length on average, in units of r. Steep energies need a limit; this
-        one leaves the mean of the steps zero, because the gradients at the other draws, given x, do not depend on u. With the
-        median of all states in place of the other draws, the distance of four modes 2-D was 8 to 12 instead of 3 to 4
+    :param common_step: a step is shortened by the factor that would bring the gradients at the other draws of the state to
+        this length on average, in units of r. Steep energies need a limit; this one leaves the mean of the steps zero, because
+        the gradients at the other draws, given x, do not depend on u. With one action per state, the median over the states
+        takes their place, on which a single u has little influence. With the median also for several actions per state, the
+        distance of four modes 2-D was 8 to 12 instead of 3 to 4
     :param max_step: a step that is longer still is shortened to this, in units of r. A limit of 3 on single steps was active
         in 10 to 33 % of them and moved their mean by up to 0.2; 12 seldom binds
     """
@@ -172,7 +173,10 @@ class GradientStep(DenoiserTarget):
         width = c_out(sigma, draws.std)
         step = width * (gradient + (x - u) / sigma**2)
         squares = gradient.clamp(-1e15, 1e15).pow(2)  # finite
-        others = (squares.sum(dim=1, keepdim=True) - squares) / (n_draws - 1) if n_draws > 1 else squares.mean(dim=0)
+        if n_draws > 1:
+            others = (squares.sum(dim=1, keepdim=True) - squares) / (n_draws - 1)
+        else:
+            others = squares.median(dim=0).values
         step = step * (self.common_step / (width**2 * others).sum(dim=2, keepdim=True).sqrt()).clamp(max=1)
         return u + width * step * (self.max_step / step.norm(dim=2, keepdim=True)).clamp(max=1), {}
 
@@ -203,9 +207,10 @@ class PosteriorMean(DenoiserTarget):
     :param high_noise: noise of the gradient steps, above ``low_noise``; see there
     :param weighed_share: share of the states in which candidates are valued in any case, to know the effective sample size:
         the least that keeps its noise small, not measured
-    :param update_rate: rate of both running means: a memory of 20 updates, not measured
+    :param update_rate: rate of both running means: a memory of 20 calls, not measured
     :param pooled: estimator of the first states, which must give "ess"; by default ``PooledMean(n_samples)``
-    :param gradient: estimator of the other states; by default ``GradientStep()``
+    :param gradient: estimator of the other states and of next states, where ``u`` is one action per state; by default
+        ``GradientStep()``
     """
 
     def __init__(
@@ -246,13 +251,14 @@ class PosteriorMean(DenoiserTarget):
 
     def count_pooled(self, n_states: int) -> int:
         """
-        In how many states to use the pooled mean.
+        In how many states to use the pooled mean: not in all, so that the noise of the gradient steps stays known.
 
         :param n_states: number of states
         :return: number of states
         """
         share = self.min_pooled_share + (self.max_pooled_share - self.min_pooled_share) * self._noise_level()
-        return round(n_states * share * _ramp(float(self.mean_ess.value), self.too_few_samples, self.enough_samples))
+        share = share * _ramp(float(self.mean_ess.value), self.too_few_samples, self.enough_samples)
+        return min(round(n_states * share), n_states - 1)
 
     def forward(self, density: BoltzmannDensity, draws: Draws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         n_states = len(draws.u)
@@ -260,12 +266,10 @@ class PosteriorMean(DenoiserTarget):
         weighed, others = slice(max(n_pooled, math.ceil(self.weighed_share * n_states))), slice(n_pooled, None)
         targets, metrics = self.pooled(density[weighed], draws[weighed])
         self.mean_ess.update(metrics["ess"])
-        if n_pooled < n_states:
-            rest = draws[others]
-            steps, _ = self.gradient(density[others], rest)
-            targets = th.cat([targets[:n_pooled], steps])
-            self.gradient_noise.update(((steps - rest.denoised) / c_out(rest.sigma, rest.std)).pow(2).mean())
-        return targets, metrics | {"gradient_noise": self.gradient_noise.value.clone()}
+        rest = draws[others]
+        steps, _ = self.gradient(density[others], rest)
+        self.gradient_noise.update(((steps - rest.denoised) / c_out(rest.sigma, rest.std)).pow(2).mean())
+        return th.cat([targets[:n_pooled], steps]), metrics | {"gradient_noise": self.gradient_noise.value.clone()}
 
 
 def _ramp(value: float, low: float, high: float) -> float:

@@ -96,8 +96,8 @@ class DQS(OffPolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target, that is of actions that the critic values
         per target, at least 2; larger is more accurate and slower
-    :param own_draws_freq: Every ``own_draws_freq``-th update of the actor draws actions of its own; the others use those that
-        the critics' target has drawn at the next observations
+    :param own_draws_freq: Every ``own_draws_freq``-th update of the actor draws actions of its own. The others use those that
+        the critics' target has drawn at the next observations, where the estimator allows it; see ``draws_own_actions()``
     :param own_share: Share of the batch's observations, at random, at which the actor draws actions of its own
     :param n_draws: Number of actions that it draws per observation, each noised once
     :param next_share: Share of the batch's next observations, at random, at which the other updates learn
@@ -277,7 +277,10 @@ class DQS(OffPolicyAlgorithm):
             ent_coef = self.temperature(self._current_progress_remaining)
 
             # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s')
-            next_embedding = self.actor.embed(next_obs)
+            updates_actor = self._n_updates % self.policy_delay == 0
+            uses_next = updates_actor and not self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones)
+            with th.set_grad_enabled(uses_next):
+                next_embedding = self.actor.embed(next_obs)
             with th.no_grad():
                 next_u, next_log_prob = self.actor.draw(next_embedding)
                 next_values = self.critic_target.backup_values(next_obs, th.tanh(next_u))
@@ -292,11 +295,11 @@ class DQS(OffPolicyAlgorithm):
             logs["critic_loss"].append(critic_loss.detach())
 
             # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps
-            if self._n_updates % self.policy_delay == 0:
-                if self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones):
-                    actor_loss, metrics = self.actor_loss(obs, ent_coef)
-                else:
+            if updates_actor:
+                if uses_next:
                     actor_loss, metrics = self.next_actor_loss(next_obs, next_embedding, next_u, replay_data.dones, ent_coef)
+                else:
+                    actor_loss, metrics = self.actor_loss(obs, ent_coef)
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
@@ -350,7 +353,7 @@ class DQS(OffPolicyAlgorithm):
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
         """
-        n_states = max(math.ceil(self.own_share * count(obs)), 2)  # batch normalisation needs two
+        n_states = min(max(math.ceil(self.own_share * count(obs)), 2), count(obs))  # batch normalisation needs two
         obs = select(obs, th.randperm(count(obs), device=self.device)[:n_states])
         embedding = self.actor.embed(obs).unsqueeze(1)
         with th.no_grad():
@@ -368,18 +371,23 @@ class DQS(OffPolicyAlgorithm):
         ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Loss of the actor, with gradients: its error as a denoiser of one action per next observation.
+        Loss of the actor, with gradients: its error as a denoiser of one action, noised ``n_copies`` times, at a share
+        ``next_share`` of the next observations, at random, those that end an episode last.
 
-        :param next_obs: next observations; a share ``next_share`` of them, at random, is used
+        :param next_obs: next observations
         :param next_embedding: what ``actor.embed()`` returned for them, with gradients
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
         :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
+        :raises ValueError: if the estimator does not take next states at present, see ``draws_own_actions()``
         """
         estimator = self.target_estimator.for_next_states
-        assert estimator is not None  # for type checker
-        rows = th.randperm(len(next_u), device=self.device)[: math.ceil(self.next_share * len(next_u))]
+        if estimator is None:
+            raise ValueError("next_actor_loss() needs an estimator whose `for_next_states` is not None; use actor_loss().")
+        # No action follows where an episode ends: these rows are last, and have no weight
+        order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
+        rows = order[: math.ceil(self.next_share * len(next_u))]
         embedding, u = next_embedding[rows].unsqueeze(1), next_u[rows].unsqueeze(1)
         errors, metrics = self._denoising_errors(select(next_obs, rows), embedding, u, self.n_copies, estimator, ent_coef)
         is_followed = (1 - dones[rows]).expand_as(errors)
@@ -461,7 +469,7 @@ class DQS(OffPolicyAlgorithm):
     ) -> None:
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``). State saved by another kind of ``ent_coef`` or ``denoiser_target`` is skipped.
+        (see ``get_parameters``). State of another kind of ``ent_coef`` or ``denoiser_target``, under other names, is skipped.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
         :param exact_match: if True, the given parameters should include parameters for each module and each of their

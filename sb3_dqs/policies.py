@@ -1,8 +1,9 @@
 """Policies of DQS: they build the actor, the critics and their optimizers, and predict."""
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -218,19 +219,21 @@ class DQSPolicy(BasePolicy):
                 raise ValueError(f"{start}: {method} must give shape ({wanted}), got {shape}.")
             return result
 
-        with evaluation_mode(self.critic):
+        critic, before = self.critic, copy.deepcopy(self.critic.state_dict())
+        with evaluation_mode(critic), th.enable_grad():
             with th.no_grad():
-                targets = call("backup_values", lambda: self.critic.backup_values(obs, actions[:, 0]), n_states, None)
-            values = call("energy", lambda: self.critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
-            loss = call("loss", lambda: self.critic.loss(obs, actions[:, 0].detach(), th.zeros_like(targets)))
-        if not values.requires_grad:
+                targets = call("backup_values", lambda: critic.backup_values(obs, actions[:, 0]), n_states, None)
+            values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
+            loss = call("loss", lambda: critic.loss(obs, actions[:, 0].detach(), th.zeros_like(targets)))
+        if not has_gradient(values, [actions]):
             raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
-        parameters = [param for param in self.critic.parameters() if param.requires_grad]
-        if not loss.requires_grad or all(grad is None for grad in th.autograd.grad(loss, parameters, allow_unused=True)):
+        networks = [param for name, param in critic.named_parameters() if not name.startswith("features_extractor.")]
+        if not has_gradient(loss, networks):
             raise ValueError(
-                f"{start}: the gradient of loss reaches none of the critic's parameters; register its networks, "
+                f"{start}: the gradient of loss reaches none of its registered networks; register them, "
                 "for instance in a torch.nn.ModuleList or by add_module()."
             )
+        critic.load_state_dict(before)  # loss() may have changed buffers
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -373,6 +376,21 @@ class DQSPolicy(BasePolicy):
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
+
+
+@th.enable_grad()
+def has_gradient(value: th.Tensor, inputs: Iterable[th.Tensor]) -> bool:
+    """
+    Whether the gradient of a value reaches any of the inputs.
+
+    :param value: of any shape
+    :param inputs: tensors; those that require no gradient do not count
+    :return: False also without inputs
+    """
+    inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    if not inputs or not value.requires_grad:
+        return False
+    return any(gradient is not None for gradient in th.autograd.grad(value.sum(), inputs, allow_unused=True))
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ class MarkedGoals(gym.Env):
 class TestActor:
     """What its update asks of a denoiser's target."""
 
-    @pytest.mark.parametrize(("n_rows", "own_share"), [(64, 0.25), (128, 0.25), (10, 0.25), (64, 1.0), (5, 0.01)])
+    @pytest.mark.parametrize(("n_rows", "own_share"), [(64, 0.25), (128, 0.25), (10, 0.25), (64, 1.0), (5, 0.01), (1, 0.25)])
     def test_rows_are_a_share_of_what_came_back_in_no_order_and_none_is_preferred(self, make_model, n_rows, own_share):
         """The batch can have another number of rows than was asked for."""
         model, n_updates = make_model(denoiser_target=Recorder(), own_share=own_share, n_draws=3).learn(25), 200
@@ -259,7 +259,7 @@ class TestActor:
         model.target_estimator.seen.clear()
         model.train(n_updates, 64)
         densities, draws = zip(*model.target_estimator.seen, strict=True)
-        n_states = max(math.ceil(n_rows * own_share), 2)
+        n_states = min(max(math.ceil(n_rows * own_share), 2), n_rows)
         assert all(draw.x.shape == draw.denoised.shape == (n_states, 3, 1) for draw in draws)
         rows = th.stack([density.obs[:, 0] for density in densities])
         assert all(len(update.unique()) == n_states for update in rows)
@@ -335,6 +335,22 @@ class TestActor:
             rows = (density.obs.unsqueeze(1) == obs).all(dim=2).float().argmax(dim=1)
             errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)[rows < 6 - n_ends]
             assert loss.item() == pytest.approx(errors.mean().item() if n_ends < 6 else 0, rel=1e-4)
+
+    def test_updates_at_next_states_train_the_whole_actor_and_nothing_else(self, make_model):
+        model = make_model(denoiser_target=TwoRecorders()).learn(30)
+        assert model._n_updates % model.own_draws_freq != 0
+        critic_step, gradients = model.critic.optimizer.step, []
+        model.critic.optimizer.step = lambda: (
+            critic_step(), gradients.extend(param.grad.clone() for param in model.critic.parameters()))  # fmt: skip
+        model.train(1, 64)
+        parts = (model.actor.embed_features, model.actor.embed_action, model.actor.gaussian, model.actor.net)
+        assert all(any(param.grad.any() for param in part.parameters()) for part in parts)
+        assert same(gradients, [param.grad for param in model.critic.parameters()])
+
+    def test_next_states_need_an_estimator_for_them(self, make_model):
+        model, obs = make_model(denoiser_target="energy_gradient").learn(25), th.rand(6, 3)
+        with pytest.raises(ValueError, match="for_next_states"):
+            model.next_actor_loss(obs, model.actor.embed(obs), th.randn(6, 1), th.zeros(6, 1), 0.2)
 
     def test_draws_actions_of_its_own_where_most_transitions_end_an_episode(self, make_model):
         model = make_model(env=OneStepEnv(), denoiser_target=TwoRecorders()).learn(25)

@@ -300,12 +300,24 @@ class TestModulesOfUsers:
                 handle.remove()
 
 
+NET = nn.Linear(1, 1)
+
+
 class BrokenCritic(MlpCritic):
     """Wrong in one way."""
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
         setattr(self, *WRONG[method])
+
+
+class ForgetfulCritic(MlpCritic):
+    """Its networks are in a plain list only."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for i in range(self.n_critics):
+            delattr(self, f"qf{i}")
 
 
 def fail(obs, *actions):
@@ -320,6 +332,7 @@ WRONG = {
     "backup_values has one dimension": ("backup_values", lambda obs, actions: actions[:, 0]),
     "backup_values is a tuple": ("backup_values", lambda obs, actions: (actions, actions)),
     "energy has no gradient": ("energy", lambda obs: lambda actions: actions.sum(dim=2).detach()),
+    "energy has no gradient but that of the network": ("energy", lambda obs: lambda actions: NET(actions.detach()).squeeze(2)),
     "loss fails": ("loss", fail),
     "loss of every row": ("loss", lambda obs, actions, targets: targets),
     "loss reaches no network": ("q_networks", [nn.Linear(4, 1)]),
@@ -334,6 +347,16 @@ class TestCriticsThatCannotWork:
             make_model(policy_kwargs=kwargs)
         message = str(error.value)
         assert "no such layer" in message if "fails" in method else method.split()[0] in message
+
+    @pytest.mark.parametrize("extractor", [FlattenExtractor, NormExtractor])
+    def test_whose_networks_are_not_registered_are_refused(self, make_model, extractor):
+        kwargs = {"critic_class": ForgetfulCritic, "features_extractor_class": extractor, "share_features_extractor": False}
+        with pytest.raises(ValueError, match="ForgetfulCritic: the gradient of loss reaches none"):
+            make_model(policy_kwargs=kwargs)
+
+    def test_sound_ones_can_be_built_without_gradients(self, make_model):
+        with th.no_grad():
+            make_model(policy_kwargs={"critic_class": NormCritic, "critic_kwargs": {"norm": nn.LayerNorm}})
 
     def test_checking_leaves_their_statistics(self):
         kwargs = {"critic_class": NormCritic, "critic_kwargs": {"norm": nn.BatchNorm1d}}

@@ -192,14 +192,13 @@ class TestGradientStep:
         assert (steps < 1e-2).all() and lengths.max() < max_step + 1e-2
         assert lengths.median() == pytest.approx(common_step, rel=0.5)
 
-    @pytest.mark.parametrize("n_states", [1, 40])
-    def test_lengths_of_steps_of_one_action_per_state_are_limited_by_those_of_all_states(self, n_states):
-        u, sigma = th.zeros(n_states, 1, 2), th.full((n_states, 2, 1), 5.0)
-        slopes = th.linspace(100, 300, n_states).unsqueeze(1) if n_states > 1 else th.full((1, 1), 100.0)
+    def test_lengths_of_steps_of_one_action_per_state_are_limited_by_those_of_most_states(self):
+        """One very steep state does not shorten the steps of the others."""
+        u, sigma, slopes = th.zeros(40, 1, 2), th.full((40, 2, 1), 5.0), th.full((40, 1), 100.0)
+        slopes[0] = 1e6
         targets, _ = GradientStep()(lambda u: slopes * u.sum(dim=2), make_draws(u, u.expand(-1, 2, -1), sigma))
-        width = 5 * 0.9 / math.hypot(5, 0.9)
-        squares = (targets / width).pow(2).sum(dim=2)
-        assert squares.mean().item() == pytest.approx(9, rel=1e-3) and (squares > 0).all()
+        lengths = (targets / (5 * 0.9 / math.hypot(5, 0.9))).norm(dim=2)
+        assert th.allclose(lengths[1:], th.tensor(3.0)) and th.allclose(lengths[0], th.tensor(12.0))
 
     def test_one_gradient_serves_all_copies(self):
         u, sigma = th.randn(20, 1, 2), NoiseLevels().training(20, 3)
@@ -242,11 +241,11 @@ class TestPosteriorMean:
     @given(st.floats(1, 1000), st.integers(1, 1000))
     def test_number_of_states(self, mean_ess, n_states):
         estimator = PosteriorMean(min_pooled_share=1.0, max_pooled_share=1.0, enough_samples=6.0, too_few_samples=3.0)
-        assert estimator.count_pooled(n_states) == n_states  # before the first update
+        assert estimator.count_pooled(n_states) == n_states - 1  # before the first update
         estimator.mean_ess.value.fill_(mean_ess)
         n_pooled = estimator.count_pooled(n_states)
-        assert isinstance(n_pooled, int) and 0 <= n_pooled <= n_states
-        assert n_pooled == n_states or mean_ess < 6
+        assert isinstance(n_pooled, int) and 0 <= n_pooled < n_states
+        assert n_pooled == n_states - 1 or mean_ess < 6
         assert n_pooled == 0 or mean_ess > 3
         estimator.mean_ess.value.fill_(4.5)
         assert estimator.count_pooled(2 * n_states) == n_states
