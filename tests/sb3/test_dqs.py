@@ -372,6 +372,13 @@ class TestActor:
         model.train(5, 64)
         assert all(param.dtype == th.float32 and param.isfinite().all() for param in model.policy.parameters())
 
+    def test_learns_in_the_states_it_acts_in(self):
+        model = DQS("MlpPolicy", OneStepEnv(), ent_coef=0.3, learning_rate=3e-3, learning_starts=100, batch_size=64, seed=0,
+                    policy_kwargs={"net_arch": [32]}, device="cpu")  # fmt: skip
+        model.learn(900)
+        action, _ = model.predict(np.array([1, 0], np.float32), deterministic=True)
+        assert np.abs(action - 0.7).max() < 0.25
+
 
 class TestNamesOfSac:
     def test_action_log_prob(self, make_model):
