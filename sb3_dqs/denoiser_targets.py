@@ -199,8 +199,8 @@ class PosteriorMean(DenoiserTarget):
         (four modes 6-D, critic 6-D, four modes 17-D): .12, .03, .12 with 4 and 3.5; .22, .06, .28 with 5 and 4; .08, .05, .51
         with 5 and 3; their spread from seed to seed is about .1
     :param too_few_samples: effective sample size, below ``enough_samples``; see there
-    :param min_pooled_share: share of the states at low noise. Measured with the critic of a reach task frozen at an entropy gap
-        of 0.55 nats to exp(Q / ent_coef), one run each: after 200, 500 and 800 updates it was 0.60, 0.31 and 0.28 with the
+    :param min_pooled_share: share of the states at low noise. Measured with the critic of a reach task frozen at an entropy
+        gap of 0.55 nats to exp(Q / ent_coef), one run each: after 200, 500 and 800 updates it was 0.60, 0.31 and 0.28 with the
         pooled mean in all states, 0.31, 0.04 and 0.25 in none
     :param max_pooled_share: share of the states at high noise; the others tell the noise
     :param low_noise: noise of the gradient steps, between that of the reach task and that of several modes
