@@ -84,7 +84,10 @@ ARGUMENT_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 POLICY_KWARGS_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "net_arch": (_is_net_arch, "None, a list of layer widths >= 1, or dict(pi=[...], qf=[...])"),
-    "critic_class": (_is_critic_class, "a subclass of sb3_dqs.critics.Critic with its three methods"),
+    "critic_class": (
+        lambda v: v in ("batch_norm", "mlp") or _is_critic_class(v),
+        '"batch_norm", "mlp", or a subclass of sb3_dqs.critics.Critic with its three methods',
+    ),
     "critic_kwargs": (lambda v: v is None or isinstance(v, dict), "a dictionary or None"),
     "diffusion_steps": (lambda v: is_int(v, 3), "an integer >= 3"),
     "noise": (lambda v: v is None or isinstance(v, NoiseLevels), "None or a NoiseLevels of sb3_dqs.noise"),

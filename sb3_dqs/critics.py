@@ -6,6 +6,7 @@ A critic of your own is a :class:`Critic`; pass its class as ``policy_kwargs=dic
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.policies import BaseModel, ContinuousCritic
@@ -16,6 +17,8 @@ from sb3_dqs import fast
 
 # From actions in [-1, 1], shape (batch_size, n_actions, action_dim), to values, shape (batch_size, n_actions)
 Energy = Callable[[th.Tensor], th.Tensor]
+# From backup values to ``r + gamma * (1 - done) * (backup_values - ent_coef * log pi)``, both of shape (batch_size, m)
+MakeTargets = Callable[[th.Tensor], th.Tensor]
 
 
 class Critic(BaseModel, ABC):
@@ -25,6 +28,10 @@ class Critic(BaseModel, ABC):
     ``n_critics``, ``share_features_extractor``) and what ``policy_kwargs=dict(critic_kwargs=...)`` names.
     """
 
+    # Whether it has a target network: without, ``DQS.critic_target`` is the critic itself
+    has_target: ClassVar[bool] = True
+    # For Adam, where the user gives none
+    optimizer_kwargs: ClassVar[dict[str, Any]] = {}
     optimizer: th.optim.Optimizer
 
     @abstractmethod
@@ -47,6 +54,30 @@ class Critic(BaseModel, ABC):
         :param targets: ``r + gamma * (1 - done) * (backup_values - ent_coef * log pi)``, shape (batch_size, m)
         :return: scalar
         """
+
+    def td_loss(
+        self,
+        critic_target: "Critic",
+        obs: PyTorchObs,
+        actions: th.Tensor,
+        next_obs: PyTorchObs,
+        next_actions: th.Tensor,
+        make_targets: MakeTargets,
+    ) -> th.Tensor:
+        """
+        What ``DQS.train()`` minimises. Override it where both sides of the Bellman equation need one pass.
+
+        :param critic_target: the target network
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :param next_obs: next observations
+        :param next_actions: actions of the policy there, shape (batch_size, action_dim)
+        :param make_targets: from backup values to targets
+        :return: scalar
+        """
+        with th.no_grad():
+            targets = make_targets(critic_target.backup_values(next_obs, next_actions))
+        return self.loss(obs, actions, targets)
 
     @abstractmethod
     def energy(self, obs: PyTorchObs) -> Energy:

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -34,6 +35,21 @@ from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, 
 from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
+
+
+def td_targets(
+    rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor
+) -> th.Tensor:
+    """
+    Targets of the critics.
+
+    :param rewards: shape (batch_size, 1)
+    :param discounts: factor of the next values, 0 where the episode ends; shape (batch_size, 1)
+    :param bonus: entropy term, ``-ent_coef * log pi(a'|s')``, shape (batch_size, 1), or 0
+    :param backup_values: the critic's values at the next states, shape (batch_size, m)
+    :return: shape (batch_size, m)
+    """
+    return rewards + discounts * (backup_values + bonus)
 
 
 class DQS(OffPolicyAlgorithm):
@@ -131,7 +147,7 @@ class DQS(OffPolicyAlgorithm):
         self,
         policy: str | type[DQSPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -164,7 +180,7 @@ class DQS(OffPolicyAlgorithm):
         n_draws: int = 4,
         next_share: float = 0.5,
         n_copies: int = 2,
-        policy_delay: int = 1,
+        policy_delay: int = 3,
         denoiser_target: str | DenoiserTarget = "posterior_mean",
         backup: str = "soft",
         augmentation: nn.Module | None = None,
@@ -283,18 +299,19 @@ class DQS(OffPolicyAlgorithm):
                 next_embedding = self.actor.embed(next_obs)
             with th.no_grad():
                 next_u, next_log_prob = self.actor.draw(next_embedding)
-                next_values = self.critic_target.backup_values(next_obs, th.tanh(next_u))
-                if self.backup == "soft":
-                    # add entropy term
-                    next_values = next_values - ent_coef * next_log_prob.unsqueeze(1)
-                targets = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
-            critic_loss = self.critic.loss(obs, replay_data.actions, targets)
+                # entropy term
+                bonus = -ent_coef * next_log_prob.unsqueeze(1) if self.backup == "soft" else 0.0
+            make_targets = partial(td_targets, replay_data.rewards, (1 - replay_data.dones) * discounts, bonus)
+            critic_loss = self.critic.td_loss(
+                self.critic_target, obs, replay_data.actions, next_obs, th.tanh(next_u), make_targets
+            )
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
             # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps
+            metrics: dict[str, th.Tensor] = {}
             if updates_actor:
                 if uses_next:
                     actor_loss, metrics = self.next_actor_loss(next_obs, next_embedding, next_u, replay_data.dones, ent_coef)
@@ -308,6 +325,8 @@ class DQS(OffPolicyAlgorithm):
                     logs[name].append(value)
 
             # Temperature: entropy -> target_entropy
+            if "q_spread" in metrics:
+                self.temperature.bound(metrics["q_spread"])
             entropy = -next_log_prob.mean()
             ent_coef_loss = self.temperature.update(entropy, learning_rate)
             if ent_coef_loss is not None:
@@ -316,7 +335,7 @@ class DQS(OffPolicyAlgorithm):
             logs["entropy"].append(entropy)
 
             # Target networks
-            if self._n_updates % self.target_update_interval == 0:
+            if self.critic.has_target and self._n_updates % self.target_update_interval == 0:
                 # polyak_update() in one pass over the memory
                 fast.update_target(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 # Copy running stats, see SB3's issue #996
@@ -360,7 +379,20 @@ class DQS(OffPolicyAlgorithm):
             latents = th.randn(n_states, self.n_draws, self.actor.action_dim, device=self.device)
             u = self.actor.training_sample(embedding, latents)
         errors, metrics = self._denoising_errors(obs, embedding, u, self.n_draws, self.target_estimator, ent_coef)
-        return errors.mean(), metrics
+        return errors.mean(), metrics | {"q_spread": self.q_spread(obs)}
+
+    @th.no_grad()
+    def q_spread(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Estimate how much the critic depends on the action.
+
+        :param obs: Observation
+        :return: standard deviation of Q over uniform actions at a state, root mean square over the states, 0-d
+        """
+        pairs = 2 * th.rand(count(obs), 2, self.actor.action_dim, device=self.device) - 1
+        with evaluation_mode(self.critic):
+            values = self.critic.energy(obs)(pairs)
+        return ((values[:, 0] - values[:, 1]).pow(2).mean() / 2).sqrt()
 
     def next_actor_loss(
         self,

@@ -188,6 +188,38 @@ def energy(q_net: nn.Module, features: th.Tensor) -> Callable[[th.Tensor], th.Te
     return split
 
 
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """
+    A network whose batch normalisation, by running statistics, is multiplied into the linear layers behind it. Without
+    gradients to the parameters.
+
+    :param net: the network
+    :return: a network of the same function; ``net`` itself if it is no plain sequence of such pairs in evaluation mode
+    """
+    if not is_plain(net, nn.Sequential):
+        return net
+    layers: list[nn.Module] = []
+    norm: nn.BatchNorm1d | None = None
+    for layer in net:  # type: ignore[attr-defined]
+        if norm is not None:
+            if not is_plain(layer, nn.Linear):
+                return net
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+            shift = norm.bias - norm.running_mean * scale  # type: ignore[operator]
+            folded = nn.Linear(layer.in_features, layer.out_features, device="meta")  # no initialisation
+            folded.weight = nn.Parameter((layer.weight * scale).detach(), requires_grad=False)
+            folded.bias = nn.Parameter(F.linear(shift, layer.weight, layer.bias).detach(), requires_grad=False)
+            layers.append(folded)
+            norm = None
+        elif isinstance(layer, nn.BatchNorm1d):
+            if not is_plain(layer, nn.BatchNorm1d) or layer.training or not (layer.affine and layer.track_running_stats):
+                return net
+            norm = layer
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers) if norm is None else net
+
+
 @th.no_grad()
 def update_target(parameters: Iterable[th.Tensor], target_parameters: Iterable[th.Tensor], tau: float) -> None:
     """

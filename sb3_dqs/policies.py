@@ -23,11 +23,13 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
+from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.observations import zero_observations
 from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
 
+CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
 # Arguments of the policy that go to the actor as they are
 ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
 
@@ -58,7 +60,8 @@ class DQSPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share or not the features extractor
         between the actor and the critic (this saves computation time)
-    :param critic_class: Class of the critic, see :class:`sb3_dqs.critics.Critic`
+    :param critic_class: ``"batch_norm"`` (:class:`sb3_dqs.batch_norm_critic.BatchNormCritic`), ``"mlp"`` (the plain twin
+        networks of SAC, :class:`sb3_dqs.critics.MlpCritic`), or a class, see :class:`sb3_dqs.critics.Critic`
     :param critic_kwargs: Keyword arguments to pass to the critic, besides those of SB3's ``ContinuousCritic``
     :param diffusion_steps: Number of denoiser calls per action, at least 3; more is more accurate and slower
     :param noise: Noise levels, see :class:`sb3_dqs.noise.NoiseLevels`
@@ -91,7 +94,7 @@ class DQSPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
-        critic_class: type[Critic] = MlpCritic,
+        critic_class: str | type[Critic] = "batch_norm",
         critic_kwargs: dict[str, Any] | None = None,
         diffusion_steps: int = 8,
         noise: NoiseLevels | None = None,
@@ -126,7 +129,7 @@ class DQSPolicy(BasePolicy):
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.best_of_n_by_q = best_of_n_by_q
-        self.critic_class = critic_class
+        self.critic_class = CRITICS[critic_class] if isinstance(critic_class, str) else critic_class
         self.own_critic_kwargs = critic_kwargs
         self.share_features_extractor = share_features_extractor
         net_kwargs = {
@@ -158,7 +161,10 @@ class DQSPolicy(BasePolicy):
             self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        optimizer_kwargs = fast.optimizer_kwargs(self.optimizer_class, self.optimizer_kwargs)
+        optimizer_kwargs = dict(self.optimizer_kwargs)
+        if issubclass(self.optimizer_class, (th.optim.Adam, th.optim.AdamW)):
+            optimizer_kwargs = {**self.critic_class.optimizer_kwargs, **optimizer_kwargs}
+        optimizer_kwargs = fast.optimizer_kwargs(self.optimizer_class, optimizer_kwargs)
 
         self.actor = self.make_actor()
         self.actor.optimizer = self.optimizer_class(
@@ -175,21 +181,23 @@ class DQSPolicy(BasePolicy):
             self.critic = self.make_critic(features_extractor=None)
             critic_parameters = list(self.critic.parameters())
 
-        if self.critic_class is not MlpCritic:
+        if self.critic_class not in CRITICS.values():
             self._check_critic()
 
-        # Critic target should not share the features extractor with critic
-        self.critic_target = self.make_critic(features_extractor=None)
-        self.critic_target.load_state_dict(self.critic.state_dict())
+        if self.critic_class.has_target:
+            # Critic target should not share the features extractor with critic
+            self.critic_target = self.make_critic(features_extractor=None)
+            self.critic_target.load_state_dict(self.critic.state_dict())
+            # Target networks should always be in eval mode
+            self.critic_target.set_training_mode(False)
+        else:
+            self.critic_target = self.critic
 
         self.critic.optimizer = self.optimizer_class(
             critic_parameters,
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **optimizer_kwargs,
         )
-
-        # Target networks should always be in eval mode
-        self.critic_target.set_training_mode(False)
 
     def _check_critic(self) -> None:
         """

@@ -6,6 +6,7 @@ A temperature of your own is a :class:`Temperature`; pass an instance to ``DQS(e
 
 import copy
 import math
+import warnings
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
@@ -35,6 +36,13 @@ class Temperature(nn.Module):
         :return: the loss before the step, 0-d, to log; or None
         """
         return None
+
+    def bound(self, q_spread: th.Tensor) -> None:  # noqa: B027
+        """
+        Called whenever the actor draws actions of its own; does nothing unless overridden.
+
+        :param q_spread: standard deviation of Q over uniform actions at a state, root mean square over states, 0-d
+        """
 
 
 class FixedTemperature(Temperature):
@@ -108,6 +116,10 @@ class AutoTemperature(Temperature):
         -6.2, -6.2, -6.3 after 30,000 steps (target -6)
     :param max_rise: largest step upwards, in learning rates. With 1 the entropy fell to -8.3, -6.9, -7.1 there
     :param error_update_rate: rate of the running mean of the error: a memory of 20 steps, not measured
+    :param min_ratio: least temperature, in standard deviations of Q over uniform actions. Derived: a quadratic Q makes a policy
+        of standard deviation ``0.6 * ratio**0.5`` of the box, so that here it is 0.002, which no environment tells from a point
+    :param max_ratio: largest temperature, likewise. Derived: here Q moves the log-density by a hundredth, so that the
+        policy is uniform, and a higher temperature cannot make it broader
     """
 
     log_ent_coef: th.Tensor
@@ -120,8 +132,12 @@ class AutoTemperature(Temperature):
         gain: float = 10.0,
         max_rise: float = 3.0,
         error_update_rate: float = 0.05,
+        min_ratio: float = 1e-5,
+        max_ratio: float = 100.0,
     ):
         super().__init__()
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+        self.has_warned = False
         self.target_entropy, self.action_dim = target_entropy, action_dim
         self.gain, self.max_rise = gain, max_rise
         self.register_buffer("log_ent_coef", th.tensor(math.log(initial)))
@@ -137,6 +153,22 @@ class AutoTemperature(Temperature):
         loss = self.log_ent_coef * gradient
         self.log_ent_coef -= learning_rate * gradient
         return loss
+
+    @th.no_grad()
+    def bound(self, q_spread: th.Tensor) -> None:
+        if not q_spread > 0:  # a critic that does not depend on the action gives no scale
+            return
+        low, high = (q_spread * self.min_ratio).log(), (q_spread * self.max_ratio).log()
+        bounded = self.log_ent_coef.clamp(low, high)
+        if bounded != self.log_ent_coef and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"ent_coef={self.log_ent_coef.exp().item():.2g} is kept at {bounded.exp().item():.2g}: beyond, it changes nothing "
+                f"where Q varies by {q_spread.item():.2g} over the actions, and target_entropy={self.target_entropy:g} is out of "
+                "reach for the present critic. Choose a target_entropy nearer to the default, -d.",
+                stacklevel=2,
+            )
+        self.log_ent_coef.copy_(bounded)
 
 
 def make_temperature(

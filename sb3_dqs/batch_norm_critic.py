@@ -1,0 +1,134 @@
+"""Batch-normalised critic without a target network (CrossQ)."""
+
+from typing import Any, ClassVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_dqs import fast
+from sb3_dqs.critics import Critic, Energy, MakeTargets
+
+
+class BatchNormCritic(Critic):
+    """
+    Critic networks with batch normalisation before every linear layer, and no target network (Bhatt et al. 2024, "CrossQ",
+    https://arxiv.org/abs/1902.05605).
+
+    In training, ``(s, a)`` and ``(s', a')`` pass the networks together, so that both are normalised by the statistics of
+    both: separate passes would give the two halves of the Bellman equation different statistics. Gradients flow through
+    ``(s, a)`` alone, the other half only shapes the statistics. Elsewhere the running means of the statistics are used, and
+    are multiplied into the linear layers, so that the candidates of the actor cost no more than with plain networks.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Network architecture
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to normalize images or not,
+         dividing by 255.0 (True by default)
+    :param n_critics: Number of critic networks to create.
+    :param share_features_extractor: Whether the features extractor is shared with the actor, whose loss alone then trains it
+    :param momentum: rate of the running means; CrossQ's value
+    :param eps: added to the variances; CrossQ's value
+    """
+
+    has_target: ClassVar[bool] = False
+    # CrossQ's: without a target network, the long memory of Adam's default of 0.9 slows learning or makes it diverge
+    optimizer_kwargs: ClassVar[dict[str, Any]] = {"betas": (0.5, 0.999)}
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: nn.Module,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = True,
+        momentum: float = 0.01,
+        eps: float = 1e-3,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,  # type: ignore[arg-type]
+            normalize_images=normalize_images,
+        )
+        self.share_features_extractor = share_features_extractor
+        sizes = [features_dim + get_action_dim(action_space), *net_arch]
+        self.q_networks = nn.ModuleList()
+        for _ in range(n_critics):
+            layers: list[nn.Module] = []
+            for size, next_size in zip(sizes, sizes[1:], strict=False):
+                layers += [nn.BatchNorm1d(size, eps, momentum), nn.Linear(size, next_size), activation_fn()]
+            layers += [nn.BatchNorm1d(sizes[-1], eps, momentum), nn.Linear(sizes[-1], 1)]
+            self.q_networks.append(nn.Sequential(*layers))
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        As SB3's ``ContinuousCritic``.
+
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :return: values of each network, shape (batch_size, 1)
+        """
+        inputs = self._inputs(obs, actions)
+        return tuple(q_network(inputs) for q_network in self.q_networks)
+
+    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
+        return th.cat([features, actions], dim=1)
+
+    def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        return th.cat(self(obs, actions), dim=1).min(dim=1, keepdim=True).values
+
+    def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values in self(obs, actions)]).sum()
+
+    def td_loss(
+        self,
+        critic_target: Critic,
+        obs: PyTorchObs,
+        actions: th.Tensor,
+        next_obs: PyTorchObs,
+        next_actions: th.Tensor,
+        make_targets: MakeTargets,
+    ) -> th.Tensor:
+        inputs = self._inputs(obs, actions)
+        with th.no_grad():
+            next_inputs = self._inputs(next_obs, next_actions)
+        pairs = [joint_pass(q_network, inputs, next_inputs) for q_network in self.q_networks]
+        targets = make_targets(th.cat([next_values for _, next_values in pairs], dim=1).min(dim=1, keepdim=True).values)
+        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values, _ in pairs]).sum()
+
+    def energy(self, obs: PyTorchObs) -> Energy:
+        features = self.extract_features(obs, self.features_extractor)
+        return fast.energy(fast.fold_batch_norm(self.q_networks[0]), features)
+
+
+def joint_pass(network: nn.Module, x: th.Tensor, next_x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Two batches through a network whose batch normalisation sees both; gradients flow through the first alone.
+
+    :param network: successive layers
+    :param x: shape (n, size)
+    :param next_x: shape (m, size)
+    :return: shapes (n, 1) and (m, 1), the second without gradient
+    """
+    for layer in network.children():
+        if isinstance(layer, nn.BatchNorm1d):
+            x, next_x = layer(th.cat([x, next_x])).split([len(x), len(next_x)])
+            next_x = next_x.detach()
+        else:
+            x = layer(x)
+            with th.no_grad():
+                next_x = layer(next_x)
+    return x, next_x

@@ -1,0 +1,121 @@
+"""Batch-normalised critic: joint pass, folding, targets."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
+
+from sb3_dqs import DQS, fast
+from sb3_dqs.batch_norm_critic import BatchNormCritic, joint_pass
+
+OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make_critic(net_arch=(16, 16), share=False) -> BatchNormCritic:
+    critic = BatchNormCritic(OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, share_features_extractor=share)
+    for module in critic.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return critic
+
+
+def batch(n: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    return th.randn(n, 3), 2 * th.rand(n, 2) - 1, th.randn(n, 3), 2 * th.rand(n, 2) - 1
+
+
+def test_joint_pass_is_one_pass_of_both_with_gradients_of_the_first():
+    network = make_critic().q_networks[0].double()
+    x, next_x = th.randn(7, 5, dtype=th.double, requires_grad=True), th.randn(4, 5, dtype=th.double)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    expected = network(th.cat([x, next_x]))
+    statistics = {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
+    network.load_state_dict(before)
+    values, next_values = joint_pass(network, x, next_x)
+    assert th.allclose(th.cat([values, next_values]), expected)
+    for name, value in statistics.items():
+        assert th.allclose(network.state_dict()[name], value) and not th.allclose(before[name], value)
+    values.sum().backward()
+    assert x.grad.any() and not next_values.requires_grad
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), max_size=3), st.integers(1, 6))
+def test_folded_network_is_the_network_in_evaluation_mode(net_arch, n):
+    network = make_critic(net_arch).q_networks[0].double().eval()
+    folded = fast.fold_batch_norm(network)
+    x = th.randn(n, 5, dtype=th.double, requires_grad=True)
+    assert not any(isinstance(layer, nn.BatchNorm1d) for layer in folded)
+    assert th.allclose(folded(x), network(x))
+    gradients = [th.autograd.grad(net(x).sum(), x)[0] for net in (folded, network)]
+    assert th.allclose(*gradients)
+
+
+def test_not_folded_where_it_would_change_the_function():
+    network = make_critic().q_networks[0]
+    assert fast.fold_batch_norm(network.train()) is network
+    network.eval()[0].register_forward_hook(lambda *_: None)
+    assert fast.fold_batch_norm(network) is network
+    activation_between = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 1)).eval()
+    assert fast.fold_batch_norm(activation_between) is activation_between
+
+
+def test_energy_is_the_first_network_by_its_running_statistics():
+    critic = make_critic().eval()
+    obs, actions = th.randn(4, 3), (2 * th.rand(4, 6, 2) - 1).requires_grad_()
+    values = critic.energy(obs)(actions)
+    expected = th.stack([critic(obs, actions[:, k])[0].squeeze(1) for k in range(6)], dim=1)
+    assert th.allclose(values, expected, atol=1e-5)
+    assert th.autograd.grad(values.sum(), actions)[0].all()
+
+
+def test_both_sides_of_the_bellman_equation_come_from_the_joint_pass():
+    critic = make_critic().double().train()
+    obs, actions, next_obs, next_actions = (tensor.double() for tensor in batch(8))
+    joint = th.cat(critic(th.cat([obs, next_obs]), th.cat([actions, next_actions])), dim=1)
+    targets = 1 + 0.5 * joint[8:].min(dim=1, keepdim=True).values.detach()
+    expected = ((joint[:8] - targets) ** 2).mean(dim=0).sum() / 2
+    loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, lambda values: 1 + 0.5 * values)
+    assert th.allclose(loss, expected)
+    loss.backward()
+    assert all(param.grad.any() for name, param in critic.named_parameters() if not name.endswith("0.bias"))
+
+
+def test_learns_the_discounted_sum_of_a_constant_reward():
+    """Reward 1 and discount 0.5 everywhere: Q is 2."""
+    th.manual_seed(0)
+    critic = BatchNormCritic(OBS, ACTIONS, [16], FlattenExtractor(OBS), 3)
+    optimizer = th.optim.Adam(critic.parameters(), 1e-2, betas=(0.5, 0.999))
+    for _ in range(300):
+        loss = critic.td_loss(critic, *batch(32), lambda values: 1 + 0.5 * values)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    obs, actions, _, _ = batch(200)
+    values = critic.eval().backup_values(obs, actions)
+    assert abs(values.mean().item() - 2) < 0.1 and values.std() < 0.3
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_dqs_has_no_target_network_and_goes_on_as_it_was_saved(tmp_path, share):
+    policy_kwargs = dict(critic_class=BatchNormCritic, net_arch=[8, 8], share_features_extractor=share)
+    model = DQS("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, policy_kwargs=policy_kwargs, seed=0)
+    model.learn(60)
+    assert model.critic_target is model.critic
+    assert model.critic.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = DQS.load(tmp_path / "model", env=model.get_env())
+    other.load_replay_buffer(tmp_path / "buffer")
+    for both in (model, other):
+        both.set_random_seed(1)
+        both._last_obs = None
+        both.learn(4, reset_num_timesteps=False)
+    expected = model.policy.state_dict()
+    assert all(th.equal(value, expected[name]) for name, value in other.policy.state_dict().items())
