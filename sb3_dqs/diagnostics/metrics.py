@@ -43,30 +43,20 @@ def grid_entropy(log_probs: th.Tensor, dim: int) -> th.Tensor:
     return -(log_probs.exp() * log_probs).sum() + dim * math.log(2) - math.log(len(log_probs))
 
 
-def weighted_mean_and_std(points: th.Tensor, log_weights: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def weighted_moments(points: th.Tensor, log_weights: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
-    Mean and standard deviation per dimension.
+    Mean and standard deviation per dimension, and the standard error of the mean if the weights are those of self-normalised
+    importance sampling, ``sqrt(sum_k w_k^2 (x_k - mean)^2)`` (Owen 2013, "Monte Carlo theory, methods and examples", section
+    9.2); too small where few points have most of the weight.
 
     :param points: shape (n, dim)
     :param log_weights: normalised log-weights, shape (n,)
-    :return: shapes (dim,) and (dim,)
+    :return: three of shape (dim,)
     """
     weights = log_weights.exp()
     mean = weights @ points
-    return mean, (weights @ (points - mean) ** 2).sqrt()
-
-
-def weighted_mean_error(points: th.Tensor, log_weights: th.Tensor) -> th.Tensor:
-    """
-    Standard error per dimension of a self-normalised importance-sampled mean, ``sqrt(sum_k w_k^2 (x_k - mean)^2)`` (Owen
-    2013, "Monte Carlo theory, methods and examples", section 9.2). Too small where few points have most of the weight.
-
-    :param points: shape (n, dim)
-    :param log_weights: normalised log-weights, shape (n,)
-    :return: shape (dim,)
-    """
-    weights = log_weights.exp()
-    return (weights**2 @ (points - weights @ points) ** 2).sqrt()
+    squares = (points - mean) ** 2
+    return mean, (weights @ squares).sqrt(), (weights**2 @ squares).sqrt()
 
 
 def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 128, seed: int = 0) -> th.Tensor:
