@@ -34,7 +34,7 @@ from sb3_dqs import DQS, Diagnosis, diagnose
 from sb3_dqs.diagnostics import compare
 from sb3_dqs.observations import select
 
-N_STATES, N_ACTIONS = 64, 256
+N_ACTIONS = 256
 COLUMNS = (
     "boltzmann_mean", "boltzmann_mean_error", "policy_mean", "boltzmann_std", "policy_std", "distance", "mean_gap",
     "spread_ratio", "entropy_gap", "ess", "ent_coef",
@@ -121,14 +121,14 @@ def compare_sac(model: SAC, state: PyTorchObs) -> dict[str, th.Tensor]:
 
 
 @th.no_grad()
-def track(model: Any) -> dict[str, Any]:
-    """Policy beside exp(Q / ent_coef) at N_STATES states, and ent_coef; a column that the task does not have is empty."""
-    obs = model.replay_buffer.sample(N_STATES).observations
+def track(model: Any, n_states: int) -> dict[str, Any]:
+    """Policy beside exp(Q / ent_coef) at replayed states, and ent_coef; a column that the task does not have is empty."""
+    obs = model.replay_buffer.sample(n_states).observations
     model.policy.set_training_mode(False)
     if isinstance(model, DQS):
         diagnosis = diagnose(model, obs, N_ACTIONS)
     else:
-        diagnosis = Diagnosis.of([compare_sac(model, select(obs, slice(i, i + 1))) for i in range(N_STATES)])
+        diagnosis = Diagnosis.of([compare_sac(model, select(obs, slice(i, i + 1))) for i in range(n_states)])
     goal = (obs["desired_goal"] - obs["achieved_goal"]).numpy() if isinstance(obs, dict) else None
     return dict.fromkeys(COLUMNS, "") | diagnosis.scalars(goal) | {"ent_coef": ent_coef_of(model)}
 
@@ -149,12 +149,10 @@ def run(variant: str, task: str, seed: int, steps: int, eval_freq: int, path: Pa
             env.unwrapped.n_steps = step
         mean_return, _ = evaluate_policy(model, env, 10)
         row = {"variant": variant, "task": task, "seed": seed, "step": step, "return": mean_return, "cpu_seconds": seconds}
-        row |= track(model)
+        row |= track(model, 16 if isinstance(env.unwrapped, DriftingBandit) else 64)  # the bandit has one state
         append_rows(path, [{key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}])
-        print(
-            ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()),
-            flush=True,
-        )
+        texts = (f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items())
+        print(", ".join(filter(None, texts)), flush=True)
 
 
 def is_known(row: dict[str, str]) -> bool:

@@ -26,6 +26,18 @@ GRID_CELLS = {1: 2048, 2: 128}
 N_EXACT_SETS = 16  # sets of exact draws per state for the distance
 
 
+def _root_mean_square(values: np.ndarray) -> np.ndarray:
+    return np.sqrt((values**2).mean(axis=-1))
+
+
+def _mean_of(name: str) -> Any:
+    def mean(self: "Diagnosis") -> float | None:
+        values = getattr(self, name)
+        return None if values is None else float(values.mean())
+
+    return property(mean, doc=f"Mean of ``{name}`` over the states; None if that is None.")
+
+
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
     """
@@ -62,24 +74,9 @@ class Diagnosis:
         return cls(**{name: th.stack([state[name] for state in states]).double().cpu().numpy() for name in states[0]})
 
     @property
-    def distance(self) -> float | None:
-        """Mean of ``distances``; None with more than two action dimensions."""
-        return None if self.distances is None else float(self.distances.mean())
-
-    @property
-    def ess(self) -> float | None:
-        """Mean of ``ess_shares``; None with one or two action dimensions."""
-        return None if self.ess_shares is None else float(self.ess_shares.mean())
-
-    @property
     def mean_gaps(self) -> np.ndarray:
         """Per state, root mean square over the dimensions of ``policy_means - boltzmann_means``, shape (n_states,)."""
         return _root_mean_square(self.policy_means - self.boltzmann_means)
-
-    @property
-    def mean_gap(self) -> float:
-        """Mean of ``mean_gaps``."""
-        return float(self.mean_gaps.mean())
 
     @property
     def spread_ratios(self) -> np.ndarray:
@@ -87,19 +84,15 @@ class Diagnosis:
         return _root_mean_square(self.policy_stds) / _root_mean_square(self.boltzmann_stds)
 
     @property
-    def spread_ratio(self) -> float:
-        """Mean of ``spread_ratios``."""
-        return float(self.spread_ratios.mean())
-
-    @property
     def entropy_gaps(self) -> np.ndarray:
         """Per state, entropy of the policy minus that of ``exp(Q / ent_coef) / Z``, in nats, shape (n_states,)."""
         return self.policy_entropies - self.boltzmann_entropies
 
-    @property
-    def entropy_gap(self) -> float:
-        """Mean of ``entropy_gaps``, in nats."""
-        return float(self.entropy_gaps.mean())
+    distance = _mean_of("distances")
+    ess = _mean_of("ess_shares")
+    mean_gap = _mean_of("mean_gaps")
+    spread_ratio = _mean_of("spread_ratios")
+    entropy_gap = _mean_of("entropy_gaps")
 
     def scalars(self, directions: np.ndarray | None = None) -> dict[str, float]:
         """
@@ -115,24 +108,16 @@ class Diagnosis:
             "boltzmann_mean": float((self.boltzmann_means * directions).sum(axis=1).mean()),
             "boltzmann_mean_error": float(self.mean_errors.mean()),
             "policy_mean": float((self.policy_means * directions).sum(axis=1).mean()),
-            "boltzmann_std": float(_root_mean_square(self.boltzmann_stds.reshape(1, -1))[0]),
-            "policy_std": float(_root_mean_square(self.policy_stds.reshape(1, -1))[0]),
-            "distance": self.distance,
-            "ess": self.ess,
-            "mean_gap": self.mean_gap,
-            "spread_ratio": self.spread_ratio,
-            "entropy_gap": self.entropy_gap,
+            "boltzmann_std": float(_root_mean_square(self.boltzmann_stds.ravel())),
+            "policy_std": float(_root_mean_square(self.policy_stds.ravel())),
         }
+        values |= {name: getattr(self, name) for name in ("distance", "ess", "mean_gap", "spread_ratio", "entropy_gap")}
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         scalars = ", ".join(f"{name} {value:.3g}" for name, value in self.scalars().items())
         n_states = len(self.policy_means)
         return f"{scalars} ({n_states} state{'s' if n_states > 1 else ''})"
-
-
-def _root_mean_square(values: np.ndarray) -> np.ndarray:
-    return np.sqrt((values**2).mean(axis=1))
 
 
 def diagnose(
@@ -147,16 +132,16 @@ def diagnose(
     """
     Compare the policy's actions with ``exp(Q / ent_coef) / Z``, state by state.
 
-    With one or two action dimensions a grid gives exact draws, the exact mean, standard deviation and entropy, and
-    ``distance`` is a test: about 1 if the policy is that distribution (at a single state, give or take 0.3), above 1 if not;
-    for one and the same wrong policy it grows like the square root of ``n_actions``.
+    With one or two action dimensions a grid gives the exact mean, standard deviation, entropy and draws, and ``distance`` is a
+    test: about 1 if the policy is that distribution (at a single state, give or take 0.3), above 1 if not; for the same wrong
+    policy it grows like the square root of ``n_actions``.
 
-    With more dimensions the mean, standard deviation and entropy come from adaptive importance sampling, see
+    With more dimensions they come from adaptive importance sampling, see
     :func:`sb3_dqs.diagnostics.importance_sampling.importance_sample`. It starts from the policy's actions and uniform ones and
-    moves to where ``exp(Q / ent_coef)`` is, so that the policy may be wrong. For smooth peaks ``ess`` is 0.6 in 3 dimensions,
-    0.4 in 6 and 0.2 in 17. Where it is below 0.01 (forty effective candidates), ``mean_errors`` is too small, and entropy and
-    spread of ``exp(Q / ent_coef)`` tend to be too low; read the sign of a gap there, not its size. Modes far from the policy's
-    actions may not be found, and the shares of several modes in 6 dimensions or more are rough; ``ess`` does not show that.
+    moves to where ``exp(Q / ent_coef)`` is, so that the policy may be wrong. For smooth peaks ``ess`` is 0.7 in 3 dimensions,
+    0.5 in 6 and 0.2 in 17. Below 0.01 (forty effective candidates) ``mean_errors``, and entropy and spread of
+    ``exp(Q / ent_coef)``, tend to be too small: read the sign of a gap there, not its size. Narrow modes far from the policy's
+    actions may not be found, and the shares of modes far apart are rough from 6 dimensions on; ``ess`` does not show that.
 
     The figures of the policy are those of ``n_actions`` actions: for an exact policy ``mean_gap`` is about its standard
     deviation divided by ``sqrt(n_actions)``, plus the error of the importance sampling. The entropy of the policy is that of
@@ -267,7 +252,7 @@ def to_tensors(model: DQS, name: str, observations: Any) -> PyTorchObs:
         obs = observations if are_tensors else model.policy.obs_to_tensor(observations)[0]
         fits = _shapes(obs) == _shapes(zero_observations(space, 1, model.device))
         fits = fits and len({len(part) for part in _parts(obs).values()}) == 1
-    except (AssertionError, AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+    except (AssertionError, AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):  # of SB3
         fits = False
     if not fits:
         raise ValueError(

@@ -59,7 +59,7 @@ def weighted_moments(points: th.Tensor, log_weights: th.Tensor) -> tuple[th.Tens
     return mean, (weights @ squares).sqrt(), (weights**2 @ squares).sqrt()
 
 
-def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 128, seed: int = 0) -> th.Tensor:
+def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 128) -> th.Tensor:
     """
     Sliced Wasserstein-1 distance between two sets of equal size: the mean over directions of the distance between the
     projections, which is that of the sorted ones (Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of
@@ -67,8 +67,7 @@ def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 
 
     :param first: shape (..., n, dim)
     :param second: shape (..., n, dim)
-    :param n_directions: number of directions; one in one dimension, evenly spaced in two, random in more
-    :param seed: of the random directions; the global random stream is not used
+    :param n_directions: number of directions; one in one dimension, evenly spaced in two, in more random and always the same
     :return: in units of the points, shape (...)
     """
     dim = first.shape[-1]
@@ -78,7 +77,7 @@ def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 
         angles = (th.arange(n_directions) + 0.5) * math.pi / n_directions
         directions = th.stack([angles.cos(), angles.sin()])
     else:
-        directions = th.randn(dim, n_directions, generator=th.Generator().manual_seed(seed))
+        directions = th.randn(dim, n_directions, generator=th.Generator().manual_seed(0))
         directions = directions / directions.norm(dim=0)
     directions = directions.to(first)
     gaps = (first @ directions).sort(dim=-2).values - (second @ directions).sort(dim=-2).values

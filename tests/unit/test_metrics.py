@@ -71,15 +71,10 @@ class TestSlicedWasserstein:
         distances = sliced_wasserstein(points, points.flip(1) + shift, n_directions)
         assert distances.tolist() == pytest.approx([0.4 * share] * 3, abs=0.4 * tolerance)
 
-    def test_directions_in_many_dimensions_come_from_the_seed(self):
+    def test_directions_in_many_dimensions_leave_the_random_stream(self):
         first, second = th.randn(2, 50, 4)
         state = th.get_rng_state()
-        distance = sliced_wasserstein(first, second)
-        th.manual_seed(7)
-        assert sliced_wasserstein(first, second) == distance == sliced_wasserstein(second, first)
-        assert sliced_wasserstein(first, second, seed=1) != distance
-        th.set_rng_state(state)
-        sliced_wasserstein(first, second)
+        assert sliced_wasserstein(first, second) == sliced_wasserstein(second, first)
         assert th.equal(th.get_rng_state(), state)
 
     def test_ratio(self):
