@@ -13,7 +13,7 @@ TemperedQ = Callable[[th.Tensor], th.Tensor]
 
 N_COMPONENTS = 4
 LOGISTIC_SCALE = math.sqrt(3) / math.pi  # of unit variance
-KERNEL_WIDTH = 1 / 3  # in standard deviations of the points: modes are narrower than all of them together
+KERNEL_WIDTH = 1 / 2  # in standard deviations of the points: modes are narrower than all of them together
 MIN_STD = 0.02  # added in quadrature to the standard deviations of the points
 
 
