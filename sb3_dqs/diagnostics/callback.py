@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 
-from sb3_dqs.diagnostics.diagnose import check_int, check_model, diagnose
+from sb3_dqs.diagnostics.diagnose import check_ints, check_model, diagnose
 from sb3_dqs.diagnostics.plot import check_dims, plot_policy
 from sb3_dqs.dqs import DQS
 from sb3_dqs.observations import select
@@ -16,11 +16,10 @@ from sb3_dqs.observations import select
 
 class DiagnosticCallback(BaseCallback):
     """
-    Callback that logs how far the policy is from ``exp(Q / ent_coef) / Z`` at states of the replay buffer, as
-    ``diagnostics/distance`` (with one or two action dimensions), ``diagnostics/ess`` (with more), ``diagnostics/mean_gap``,
-    ``diagnostics/spread_ratio``, ``diagnostics/entropy_gap`` and ``diagnostics/ent_coef``, and the figure
-    ``diagnostics/policy`` at the first of the states (see :func:`sb3_dqs.diagnose` and :func:`sb3_dqs.plot_policy`).
-    The figure goes to TensorBoard. Nothing is logged before the first gradient step.
+    Callback that logs how far the policy is from ``exp(Q / ent_coef) / Z`` at states of the replay buffer: as
+    ``diagnostics/...`` the :meth:`sb3_dqs.Diagnosis.scalars` of :func:`sb3_dqs.diagnose` and ``ent_coef``, and as
+    ``diagnostics/policy`` the figure of :func:`sb3_dqs.plot_policy` at the first of the states, for TensorBoard. Nothing is
+    logged before the first gradient step.
 
     Training goes as without it, bit for bit: the random streams of numpy and torch and the training mode of the policy are
     put back.
@@ -36,6 +35,8 @@ class DiagnosticCallback(BaseCallback):
         such ``dims``
     """
 
+    model: DQS
+
     def __init__(
         self,
         eval_freq: int,
@@ -48,13 +49,7 @@ class DiagnosticCallback(BaseCallback):
         n_candidates: int = 4096,
     ):
         super().__init__(verbose)
-        for name, value, low in (
-            ("eval_freq", eval_freq, 1),
-            ("n_states", n_states, 1),
-            ("n_actions", n_actions, 2),
-            ("n_candidates", n_candidates, 2),
-        ):
-            check_int(name, value, low)
+        check_ints(eval_freq=(eval_freq, 1), n_states=(n_states, 1), n_actions=(n_actions, 2), n_candidates=(n_candidates, 2))
         self.eval_freq = eval_freq
         self.n_states = n_states
         self.n_actions = n_actions
@@ -65,25 +60,20 @@ class DiagnosticCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         check_model(self.model)
-        check_dims(self.dims, self._dqs.actor.action_dim)
+        check_dims(self.dims, self.model.actor.action_dim)
 
     def _on_training_start(self) -> None:
         # Whoever has made a gradient step since then has a replay buffer to draw from
-        self._n_updates_before = self._dqs._n_updates
-
-    @property
-    def _dqs(self) -> DQS:
-        assert isinstance(self.model, DQS)  # for type checker
-        return self.model
+        self._n_updates_before = self.model._n_updates
 
     def _on_step(self) -> bool:
-        if self.n_calls % self.eval_freq == 0 and self._dqs._n_updates > self._n_updates_before:
-            with preserved_random_streams(self._dqs.device):
+        if self.n_calls % self.eval_freq == 0 and self.model._n_updates > self._n_updates_before:
+            with preserved_random_streams(self.model.device):
                 self._log()
         return True
 
     def _log(self) -> None:
-        model = self._dqs
+        model = self.model
         assert model.replay_buffer is not None  # for type checker
         obs = model.replay_buffer.sample(self.n_states, env=model._vec_normalize_env).observations
         diagnosis = diagnose(model, obs, self.n_actions, n_candidates=self.n_candidates)
@@ -102,11 +92,7 @@ class DiagnosticCallback(BaseCallback):
 
 @contextlib.contextmanager
 def preserved_random_streams(device: th.device) -> Iterator[None]:
-    """
-    Put the random streams of numpy and torch (of the CPU and of a CUDA device) back afterwards.
-
-    :param device: the device that torch draws on
-    """
+    """Put the random streams of numpy and torch (of the CPU and of the given CUDA device) back afterwards."""
     numpy_state = np.random.get_state()
     try:
         with th.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,6 +1,4 @@
-"""
-Adaptive importance sampling of ``exp(Q / ent_coef) / Z`` at one state, for more action dimensions than a grid can have.
-"""
+"""Adaptive importance sampling of ``exp(Q / ent_coef) / Z`` at one state, for more action dimensions than a grid can have."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +11,10 @@ from sb3_dqs.density import log_det_tanh
 # Q / ent_coef at one state: from actions in [-1, 1], shape (n, action_dim), to shape (n,)
 TemperedQ = Callable[[th.Tensor], th.Tensor]
 
-# Scale of the logistic distribution of unit variance
-LOGISTIC_SCALE = math.sqrt(3) / math.pi
+N_COMPONENTS = 4
+LOGISTIC_SCALE = math.sqrt(3) / math.pi  # of unit variance
+KERNEL_WIDTH = 1 / 2  # in standard deviations of the points: modes are narrower than all of them together
+MIN_STD = 0.02  # added in quadrature to the standard deviations of the points
 
 
 class ProposalMixture:
@@ -25,7 +25,7 @@ class ProposalMixture:
     - a normal distribution with the mean and covariance of weighted points,
     - logistic distributions with the same mean and covariance, whose tails are those of a density of actions that is finite
       and positive at the bounds,
-    - normal kernels around centres, for several modes; their covariance is that of the points, times a squared width.
+    - normal kernels around centres, for several modes; their covariance is that of the points, times ``KERNEL_WIDTH**2``.
 
     With few effective points the covariance is uncertain: its off-diagonal part is multiplied by
     ``ess / (ess + action_dim)``.
@@ -33,32 +33,15 @@ class ProposalMixture:
     :param points: unsquashed actions, shape (n, action_dim)
     :param log_weights: normalised log-weights of the points, shape (n,)
     :param centers: centres of the kernels, unsquashed actions, shape (n_centers, action_dim)
-    :param kernel_widths: widths of the kernels, in standard deviations of the points
-    :param min_std: added in quadrature to the standard deviations of the points
     """
 
-    def __init__(
-        self,
-        points: th.Tensor,
-        log_weights: th.Tensor,
-        centers: th.Tensor,
-        kernel_widths: tuple[float, ...] = (1.0, 1 / 4, 1 / 16),
-        min_std: float = 0.02,
-    ):
-        self.kernel_widths = kernel_widths
-        self.dim = points.shape[1]
-        weights, ess = log_weights.exp(), effective_sample_size(log_weights)
+    def __init__(self, points: th.Tensor, log_weights: th.Tensor, centers: th.Tensor):
+        dim, weights, ess = points.shape[1], log_weights.exp(), effective_sample_size(log_weights)
         self.mean = weights @ points
-        deviations = points - self.mean
-        covariance = (weights * deviations.T) @ deviations
-        variances = covariance.diagonal()
-        covariance = (ess * covariance + self.dim * variances.diag()) / (ess + self.dim)
-        self.scale = th.linalg.cholesky(covariance + min_std**2 * th.eye(self.dim).to(covariance))
+        covariance = (weights * (points - self.mean).T) @ (points - self.mean)
+        covariance = (ess * covariance + dim * covariance.diagonal().diag()) / (ess + dim)
+        self.scale = th.linalg.cholesky(covariance + MIN_STD**2 * th.eye(dim).to(covariance))
         self.centers = self._whiten(centers)
-
-    @property
-    def n_components(self) -> int:
-        return 3 + len(self.kernel_widths)
 
     def _whiten(self, u: th.Tensor) -> th.Tensor:
         return th.linalg.solve_triangular(self.scale, (u - self.mean).T, upper=False).T
@@ -70,12 +53,11 @@ class ProposalMixture:
         :param n_samples: number of draws, rounded up to a multiple of the number of components
         :return: unsquashed actions, shape (n_samples, action_dim)
         """
-        shape = (math.ceil(n_samples / self.n_components), self.dim)
+        shape = (math.ceil(n_samples / N_COMPONENTS), len(self.mean))
         uniform, logistic = th.rand(2, *shape).to(self.mean).logit(eps=1e-12)
-        normal, *kernels = th.randn(self.n_components - 2, *shape).to(self.mean)
-        for width, kernel in zip(self.kernel_widths, kernels, strict=True):
-            kernel.mul_(width).add_(self.centers[th.randint(len(self.centers), shape[:1])])
-        whitened = th.cat([normal, LOGISTIC_SCALE * logistic, *kernels])
+        normal, kernels = th.randn(2, *shape).to(self.mean)
+        kernels = self.centers[th.randint(len(self.centers), shape[:1])] + KERNEL_WIDTH * kernels
+        whitened = th.cat([normal, LOGISTIC_SCALE * logistic, kernels])
         return th.cat([uniform / 2, self.mean + whitened @ self.scale.T])
 
     def log_density(self, u: th.Tensor) -> th.Tensor:
@@ -85,18 +67,15 @@ class ProposalMixture:
         :param u: unsquashed actions, shape (n, action_dim)
         :return: nats, shape (n,)
         """
-        whitened = self._whiten(u)
+        whitened, dim = self._whiten(u), len(self.mean)
         # Not by a matrix product, which loses the digits of small distances
-        squares = th.cdist(whitened, self.centers, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-        log_kernels = [
-            th.logsumexp(-squares / (2 * width**2), dim=1) - self.dim * math.log(width) - math.log(len(self.centers))
-            for width in self.kernel_widths
-        ]
-        log_logistic = log_det_tanh(whitened / (2 * LOGISTIC_SCALE)) - self.dim * math.log(4 * LOGISTIC_SCALE)
-        log_normals = th.stack([-(whitened**2).sum(dim=1) / 2, *log_kernels]) - self.dim / 2 * math.log(2 * math.pi)
-        log_fitted = th.cat([log_logistic.unsqueeze(0), log_normals]) - self.scale.diagonal().log().sum()
-        log_uniform = log_det_tanh(u) - self.dim * math.log(2)
-        return th.logsumexp(th.cat([log_uniform.unsqueeze(0), log_fitted]), dim=0) - math.log(self.n_components)
+        distances = th.cdist(whitened, self.centers, compute_mode="donot_use_mm_for_euclid_dist") / KERNEL_WIDTH
+        log_kernels = th.logsumexp(-(distances**2) / 2, dim=1) - math.log(len(self.centers)) - dim * math.log(KERNEL_WIDTH)
+        log_normals = th.stack([-(whitened**2).sum(dim=1) / 2, log_kernels]) - dim / 2 * math.log(2 * math.pi)
+        log_logistic = log_det_tanh(whitened / (2 * LOGISTIC_SCALE)) - dim * math.log(4 * LOGISTIC_SCALE)
+        log_fitted = th.cat([log_normals, log_logistic.unsqueeze(0)]) - self.scale.diagonal().log().sum()
+        log_uniform = log_det_tanh(u) - dim * math.log(2)
+        return th.logsumexp(th.cat([log_fitted, log_uniform.unsqueeze(0)]), dim=0) - math.log(N_COMPONENTS)
 
 
 def importance_sample(
@@ -105,7 +84,7 @@ def importance_sample(
     n_candidates: int = 4096,
     max_rounds: int = 20,
     round_size: int = 2048,
-    min_ess: float = 400,
+    min_ess: float = 200,
     n_centers: int = 128,
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
@@ -135,10 +114,9 @@ def importance_sample(
     proposal = ProposalMixture(u, u.new_full((len(u),), -math.log(len(u))), u[:n_centers])
     for _ in range(max_rounds):
         candidates, _, log_ratios = draw(round_size)
-        power = tempering_power(log_ratios, min_ess)
-        if power == 1:
+        log_weights, is_enough = temper(log_ratios, min_ess)
+        if is_enough:
             break
-        log_weights = th.log_softmax(power * log_ratios, dim=0)
         chosen = candidates[th.multinomial(log_weights.exp(), n_centers // 2, replacement=True)]
         proposal = ProposalMixture(candidates, log_weights, th.cat([u[: n_centers // 2], chosen]))
     candidates, values, log_ratios = draw(n_candidates)
@@ -147,22 +125,22 @@ def importance_sample(
     return th.tanh(candidates), log_weights, log_z - log_weights.exp() @ values
 
 
-def tempering_power(log_ratios: th.Tensor, min_ess: float) -> float:
+def temper(log_ratios: th.Tensor, min_ess: float) -> tuple[th.Tensor, bool]:
     """
-    Largest power of importance weights, of at most 1, that has an effective sample size of at least ``min_ess``.
+    Importance weights to the largest power, of at most 1, at which their effective sample size is ``min_ess``, by bisection.
 
     :param log_ratios: log-weights, shape (n,)
     :param min_ess: below n
-    :return: from 0 to 1; exact if 1, else by bisection
+    :return: normalised log-weights, shape (n,), and whether the power is 1
     """
-
-    def is_enough(power: float) -> bool:
-        return bool(effective_sample_size(th.log_softmax(power * log_ratios, dim=0)) >= min_ess)
-
-    if is_enough(1):
-        return 1
-    low, high = 0.0, 1.0
+    low, high, power = 0.0, 1.0, 1.0
     for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_enough(middle) else (low, middle)
-    return low
+        log_weights = th.log_softmax(power * log_ratios, dim=0)
+        if effective_sample_size(log_weights) < min_ess:
+            high = power
+        elif power == 1:
+            return log_weights, True
+        else:
+            low = power
+        power = (low + high) / 2
+    return th.log_softmax(low * log_ratios, dim=0), False

@@ -43,33 +43,23 @@ def grid_entropy(log_probs: th.Tensor, dim: int) -> th.Tensor:
     return -(log_probs.exp() * log_probs).sum() + dim * math.log(2) - math.log(len(log_probs))
 
 
-def weighted_mean_and_std(points: th.Tensor, log_weights: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def weighted_moments(points: th.Tensor, log_weights: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
-    Mean and standard deviation per dimension.
+    Mean and standard deviation per dimension, and the standard error of the mean if the weights are those of self-normalised
+    importance sampling, ``sqrt(sum_k w_k^2 (x_k - mean)^2)`` (Owen 2013, "Monte Carlo theory, methods and examples", section
+    9.2); too small where few points have most of the weight.
 
     :param points: shape (n, dim)
     :param log_weights: normalised log-weights, shape (n,)
-    :return: shapes (dim,) and (dim,)
+    :return: three of shape (dim,)
     """
     weights = log_weights.exp()
     mean = weights @ points
-    return mean, (weights @ (points - mean) ** 2).sqrt()
+    squares = (points - mean) ** 2
+    return mean, (weights @ squares).sqrt(), (weights**2 @ squares).sqrt()
 
 
-def weighted_mean_error(points: th.Tensor, log_weights: th.Tensor) -> th.Tensor:
-    """
-    Standard error per dimension of a self-normalised importance-sampled mean, ``sqrt(sum_k w_k^2 (x_k - mean)^2)`` (Owen
-    2013, "Monte Carlo theory, methods and examples", section 9.2). Too small where few points have most of the weight.
-
-    :param points: shape (n, dim)
-    :param log_weights: normalised log-weights, shape (n,)
-    :return: shape (dim,)
-    """
-    weights = log_weights.exp()
-    return (weights**2 @ (points - weights @ points) ** 2).sqrt()
-
-
-def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 128, seed: int = 0) -> th.Tensor:
+def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 128) -> th.Tensor:
     """
     Sliced Wasserstein-1 distance between two sets of equal size: the mean over directions of the distance between the
     projections, which is that of the sorted ones (Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of
@@ -77,8 +67,7 @@ def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 
 
     :param first: shape (..., n, dim)
     :param second: shape (..., n, dim)
-    :param n_directions: number of directions; one in one dimension, evenly spaced in two, random in more
-    :param seed: of the random directions; the global random stream is not used
+    :param n_directions: number of directions; one in one dimension, evenly spaced in two, in more random and always the same
     :return: in units of the points, shape (...)
     """
     dim = first.shape[-1]
@@ -88,7 +77,7 @@ def sliced_wasserstein(first: th.Tensor, second: th.Tensor, n_directions: int = 
         angles = (th.arange(n_directions) + 0.5) * math.pi / n_directions
         directions = th.stack([angles.cos(), angles.sin()])
     else:
-        directions = th.randn(dim, n_directions, generator=th.Generator().manual_seed(seed))
+        directions = th.randn(dim, n_directions, generator=th.Generator().manual_seed(0))
         directions = directions / directions.norm(dim=0)
     directions = directions.to(first)
     gaps = (first @ directions).sort(dim=-2).values - (second @ directions).sort(dim=-2).values

@@ -18,7 +18,8 @@ class RandomEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.observation_space.seed(seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
         self.n_steps = 0
         return self.observation_space.sample(), {}
 
