@@ -59,7 +59,7 @@ class DQS(OffPolicyAlgorithm):
     ``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)``, drawn from by a diffusion sampler: it keeps every good action.
     Paper: https://arxiv.org/abs/2410.01312 (Jain, Akhound-Sadegh, Ravanbakhsh, RLC 2025)
 
-    The arguments are those of SB3's ``SAC``, in its order and with its defaults; those of DQS follow as keywords.
+    The arguments are those of SB3's ``SAC``, in its order; those of DQS follow as keywords. ``learning_rate`` is that of CrossQ.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -69,7 +69,7 @@ class DQS(OffPolicyAlgorithm):
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1), for critics with a target network
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
@@ -118,7 +118,7 @@ class DQS(OffPolicyAlgorithm):
     :param n_draws: Number of actions that it draws per observation, each noised once
     :param next_share: Share of the batch's next observations, at random, at which the other updates learn
     :param n_copies: Number of noisy copies of each action there
-    :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
+    :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3 and CrossQ
     :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
         (:class:`sb3_dqs.denoiser_targets.EnergyGradient`), or a :class:`sb3_dqs.denoiser_targets.DenoiserTarget`

@@ -17,7 +17,14 @@ PAPER = {
     "use_sde": False,
 }
 
+
+def with_plain_critic(policy_kwargs: str) -> str:
+    """The paper's critic is that of SAC: ``dict(net_arch=...)`` of an entry, with this argument."""
+    return policy_kwargs.replace("dict(", 'dict(critic_class="mlp", ', 1)
+
+
 # The name that RL Zoo looks for
 hyperparams = {
-    env_id: {**entry, **PAPER} for env_id, entry in yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8")).items()
+    env_id: {**entry, **PAPER, "policy_kwargs": with_plain_critic(entry.get("policy_kwargs", "dict()"))}
+    for env_id, entry in yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8")).items()
 }
