@@ -10,10 +10,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -281,13 +279,6 @@ class TestActor:
         # Fewer traces than the policy itself takes
         assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected, abs=0.3)
 
-    @pytest.mark.parametrize("dtype", [None, th.bfloat16])
-    def test_training_in_both_precisions(self, make_model, dtype):
-        model = make_model().learn(30)
-        model.actor.training_dtype = dtype
-        model.train(5, 64)
-        assert all(param.dtype == th.float32 and param.isfinite().all() for param in model.policy.parameters())
-
     def test_learns_in_the_states_it_acts_in(self):
         model = DQS("MlpPolicy", OneStepEnv(), ent_coef=0.3, learning_rate=3e-3, learning_starts=100, batch_size=64, seed=0,
                     policy_kwargs={"net_arch": [32]}, device="cpu")  # fmt: skip
@@ -330,9 +321,10 @@ class TestExploration:
         model = make_model(env=make_vec_env("Pendulum-v1", 3), use_sde=True, sde_sample_freq=4, train_freq=8).learn(60)
         obs = np.zeros((3, 3), np.float32)
         first, again = (model.predict(obs)[0] for _ in range(2))
-        assert np.array_equal(first, again) and len(np.unique(first)) == 3
         model.policy.reset_noise(3)
-        assert not np.array_equal(first, model.predict(obs)[0])
+        second, _ = model.predict(obs)
+        assert np.array_equal(first, again) and not np.array_equal(first, second)
+        assert len(np.unique(first)) == len(np.unique(second)) == 3
 
     def test_use_sde_explores_from_the_beginning_and_logs_std(self, make_model):
         kwargs = {"use_sde_at_warmup": True, "train_freq": (1, "episode"), "learning_starts": 150}
@@ -362,17 +354,6 @@ class TestSurroundings:
         model.train(1, 16)
         assert 0 < batches[0].rewards.abs().max() <= 1.1e-3 < np.abs(model.replay_buffer.rewards).max()
         env.close()
-
-    def test_callbacks_and_evaluation(self, make_model, tmp_path):
-        evaluation = EvalCallback(short_episodes(), eval_freq=40, best_model_save_path=str(tmp_path), warn=False, verbose=0)
-        checkpoint = CheckpointCallback(30, str(tmp_path), save_replay_buffer=True)
-        callbacks = CallbackList([checkpoint, evaluation, StopTrainingOnMaxEpisodes(6)])
-        model = make_model(env=short_episodes()).learn(1000, callback=callbacks)
-        assert model.num_timesteps == 42
-        names = {path.name for path in tmp_path.iterdir()}
-        assert {"best_model.zip", "rl_model_30_steps.zip", "rl_model_replay_buffer_30_steps.pkl"} <= names
-        mean_return, _ = evaluate_policy(model, model.env, n_eval_episodes=1, warn=False)
-        assert np.isfinite(mean_return)
 
     @pytest.mark.parametrize("kwargs", [{}, {"denoiser_target": "energy_gradient", "backup": "hard"}])
     def test_logged_names_and_the_name_of_the_run(self, make_model, tmp_path, kwargs):

@@ -15,6 +15,7 @@ from sb3_dqs import DQS
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.denoiser_targets import EnergyGradient, GradientStep, PosteriorMean
 from sb3_dqs.noise import NoiseLevels
+from sb3_dqs.solvers import dpm_solver_2m
 from sb3_dqs.temperature import AutoTemperature, Temperature
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -25,55 +26,43 @@ from quantile_critic import QuantileCritic
 from random_shift import RandomShift
 
 
-class CountingTarget(Recorder):
+class Counting(nn.Module):
     """Counts its calls in a buffer."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("n_calls", th.zeros(()))
 
+
+class CountingTarget(Counting, Recorder):
     def forward(self, density, draws):
         self.n_calls += 1
         return draws.u, {"calls": self.n_calls.clone()}
 
 
-class CountingTemperature(Temperature):
+class CountingTemperature(Counting, Temperature):
     """Falls with its updates; remembers them."""
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("n_updates", th.zeros(()))
-        self.seen = []
+    seen = ()
 
     def forward(self, progress_remaining):
-        return 1 / (1 + self.n_updates)
+        return 1 / (1 + self.n_calls)
 
     def update(self, entropy, learning_rate):
-        self.n_updates += 1
-        self.seen.append((entropy, learning_rate))
+        self.n_calls += 1
+        self.seen = [*self.seen, (entropy, learning_rate)]
 
 
-class CountingAugmentation(nn.Module):
+class CountingAugmentation(Counting):
     """Adds 100 to the observations."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("n_calls", th.zeros(()))
 
     def forward(self, obs):
         self.n_calls += 1
         return obs + 100
 
 
-def euler(denoise, x, sigmas, callback):
-    """First order."""
-    for step, sigma in enumerate(sigmas):
-        denoised = denoise(x, sigma)
-        if callback is not None:
-            callback(step, x, sigma, denoised)
-        if step + 1 < len(sigmas):
-            x = denoised + sigmas[step + 1] / sigma * (x - denoised)
-    return denoised
+def own_solver(*args):
+    return dpm_solver_2m(*args)
 
 
 QUANTILES = {"critic_class": QuantileCritic, "critic_kwargs": {"n_quantiles": 5, "n_dropped": 1}}
@@ -90,7 +79,7 @@ PARTS = {
     "temperature": {"ent_coef": OwnRateTemperature(1.0, -1.0)},
     "temperature of fields": {"ent_coef": AutoTemperature(0.5, -2.0, 1, gain=1.0, max_rise=1.0)},
     "temperature with a buffer": {"ent_coef": CountingTemperature()},
-    "solver": {"policy_kwargs": {"solver": euler}},
+    "solver": {"policy_kwargs": {"solver": own_solver}},
     "noise levels": {"policy_kwargs": {"noise": NoiseLevels(0.1, 2.0, 10.0), "n_frequencies": 3}},
     "augmentation": {"augmentation": CountingAugmentation()},
 }
@@ -133,9 +122,9 @@ class TestInstances:
         """Two models of one instance do not share it, and it is as the user made it."""
         kwargs = {"denoiser_target": CountingTarget(), "ent_coef": CountingTemperature()}
         first, second = make_model(**kwargs).learn(30), make_model(**kwargs)
-        assert first.target_estimator.n_calls == 10 and first.temperature.n_updates == 10
-        for target, temperature in (kwargs.values(), (second.target_estimator, second.temperature)):
-            assert target.n_calls == temperature.n_updates == 0
+        assert first.target_estimator.n_calls == first.temperature.n_calls == 10
+        for part in (*kwargs.values(), second.target_estimator, second.temperature):
+            assert part.n_calls == 0
 
     def test_metrics_of_an_estimator_are_logged(self, make_model):
         model = make_model(denoiser_target=CountingTarget(), policy_delay=2).learn(30)
@@ -179,34 +168,17 @@ class TestCritic:
         assert actions.mean() == pytest.approx(0.8, abs=0.1)
 
 
-class TestSolver:
-    def test_is_used_in_acting_and_training(self, make_model):
-        calls = []
-
-        def solver(denoise, x, sigmas, callback):
-            calls.append((tuple(x.shape), callback is not None))
-            return euler(denoise, x, sigmas, callback)
-
-        model = make_model(policy_kwargs={"solver": solver}, own_draws_freq=2).learn(30)
-        calls.clear()
-        model.predict(np.zeros((7, 3), np.float32))
-        model.train(2, 16)
-        # Next actions with their log-density twice, and the draws of the actor once
-        assert calls == [((7, 1), False), ((16, 1), True), ((4, 4, 1), False), ((16, 1), True)]
-
-
-class TestAugmentation:
-    def test_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_predict(self, make_model):
-        kwargs = {"denoiser_target": Recorder(), "policy_kwargs": {"critic_class": RecordingCritic}}
-        model = make_model(augmentation=CountingAugmentation(), **kwargs).learn(30)
-        model.augmentation.n_calls.zero_()
-        for deterministic in (True, False):
-            model.predict(np.zeros(3, np.float32), deterministic=deterministic)
-        assert model.augmentation.n_calls == 0
-        model.train(4, 16)
-        assert model.augmentation.n_calls == 8
-        # What it gives is what all networks see
-        density, _ = model.target_estimator.seen[-1]
-        seen = [density.obs, model.critic.seen[-1][0], model.critic_target.seen[-1][0]]
-        assert all((obs > 90).all() for obs in seen) and not th.equal(*seen[1:])
-        assert np.abs(model.replay_buffer.observations).max() < 90
+def test_augmentation_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_predict(make_model):
+    kwargs = {"denoiser_target": Recorder(), "policy_kwargs": {"critic_class": RecordingCritic}}
+    model = make_model(augmentation=CountingAugmentation(), **kwargs).learn(30)
+    model.augmentation.n_calls.zero_()
+    for deterministic in (True, False):
+        model.predict(np.zeros(3, np.float32), deterministic=deterministic)
+    assert model.augmentation.n_calls == 0
+    model.train(4, 16)
+    assert model.augmentation.n_calls == 8
+    # What it gives is what all networks see
+    density, _ = model.target_estimator.seen[-1]
+    seen = [density.obs, model.critic.seen[-1][0], model.critic_target.seen[-1][0]]
+    assert all((obs > 90).all() for obs in seen) and not th.equal(*seen[1:])
+    assert np.abs(model.replay_buffer.observations).max() < 90

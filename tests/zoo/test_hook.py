@@ -242,15 +242,19 @@ def test_changed_experiment_manager_is_reported():
 # --- hyperparameters
 
 
+def check(arguments: dict):
+    assert set(arguments) <= set(inspect.signature(DQS).parameters)
+    check_arguments(arguments)
+    check_policy(MlpPolicy, arguments["policy_kwargs"], spaces.Box(-1, 1, (2,)))
+
+
 def check_entry(entry: dict):
     assert {"n_timesteps", "policy"} <= set(entry)
     arguments = {name: value for name, value in entry.items() if name not in ("n_timesteps", "normalize", "n_envs")}
-    assert set(arguments) <= set(inspect.signature(DQS).parameters)
     arguments["policy_kwargs"] = eval(arguments.get("policy_kwargs", "{}"))
     if isinstance(arguments.get("learning_rate"), str):
         arguments["learning_rate"] = float(arguments["learning_rate"].removeprefix("lin_"))
-    check_arguments(arguments)
-    check_policy(MlpPolicy, arguments["policy_kwargs"], spaces.Box(-1, 1, (2,)))
+    check(arguments)
 
 
 @pytest.mark.parametrize("env_id", ENTRIES)
@@ -286,9 +290,7 @@ def test_search_space_gives_arguments_of_dqs(using_her):
     for _ in range(20):
         trial = study.ask()
         sampled = sample_dqs_params(trial, 1, 1, additional_args)
-        assert set(sampled) <= set(inspect.signature(DQS).parameters)
-        check_arguments(sampled)
-        check_policy(MlpPolicy, sampled["policy_kwargs"], spaces.Box(-1, 1, (2,)))
+        check(sampled)
         diffusion_steps.add(sampled["policy_kwargs"]["diffusion_steps"])
         converted = convert_dqs_params(trial.params)  # as --trial-id does
         if using_her:
