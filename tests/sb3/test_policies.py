@@ -131,6 +131,19 @@ class NormExtractor(BaseFeaturesExtractor):
         return self.layers(self.linear(observations))
 
 
+class TableExtractor(FlattenExtractor):
+    """Makes a table at its first call, as of positions or masks."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space)
+        self.scale, self.table = nn.Parameter(th.ones(self.features_dim)), None
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.table is None:
+            self.table = th.linspace(0.5, 1, self.features_dim)
+        return super().forward(observations) * (self.table * self.scale)
+
+
 class EnergyExtractor(FlattenExtractor):
     """Its features are the gradient of a learnt potential."""
 
@@ -188,8 +201,9 @@ class TestModulesOfUsers:
         model.predict(np.zeros(3, np.float32))
         assert not actors.modes[-1]
 
-    def test_features_extractor_that_differentiates(self, make_model):
-        make_model(policy_kwargs={"features_extractor_class": EnergyExtractor}).learn(40)
+    @pytest.mark.parametrize("cls", [TableExtractor, EnergyExtractor])
+    def test_features_extractor_that_caches_or_differentiates(self, make_model, cls):
+        make_model(policy_kwargs={"features_extractor_class": cls}).learn(40)
 
     def test_running_statistics_of_targets_are_those_of_the_critics(self, make_model):
         model = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30)

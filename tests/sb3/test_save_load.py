@@ -17,31 +17,6 @@ from toys import same
 from sb3_dqs import DQS
 from sb3_dqs.noise import NoiseLevels
 
-# What steers learning besides the networks and their optimizers
-STEERING = {
-    "temperature": ("log_ent_coef", "mean_error.value"),
-    "target_estimator": ("mean_ess.value", "gradient_noise.value"),
-}
-
-
-def steering(model: DQS) -> list[th.Tensor]:
-    parameters = model.get_parameters()
-    return [parameters[part][name].clone() for part, names in STEERING.items() for name in names]
-
-
-@pytest.mark.parametrize("way", ["load", "set_parameters of a file", "set_parameters of get_parameters"])
-def test_everything_that_steers_learning_is_carried(make_model, tmp_path, way):
-    model, other = make_model().learn(60), make_model(seed=1)
-    expected = steering(model)
-    assert not any(map(th.equal, expected, steering(other)))
-    model.save(tmp_path / "model")
-    if way == "load":
-        other = DQS.load(tmp_path / "model")
-    else:
-        other.set_parameters(model.get_parameters() if "get" in way else tmp_path / "model")
-    assert same(steering(other), expected)
-    assert same(model.get_parameters(), other.get_parameters())
-
 
 @pytest.mark.parametrize("missing", ["policy", "critic.optimizer", "temperature", "target_estimator"])
 def test_parameters_that_lack_a_part_are_refused_unless_exact_match_is_off(make_model, missing):

@@ -18,6 +18,7 @@ import optuna
 import pytest
 import yaml
 
+pytestmark = pytest.mark.xdist_group("commands")  # in one process, which makes the environment once
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BORROWED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
