@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml
 	touch $(VENV)/installed
 
 pytest:
-	$(BIN)/python -m pytest --numprocesses 2 --cov
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --cov
 
 type:
 	$(BIN)/mypy

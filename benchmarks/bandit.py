@@ -11,13 +11,58 @@ run is a row of ``benchmarks/results/bandit.csv``. About ten minutes on one core
 import argparse
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
-from bandit_env import BanditEnv, boltzmann_grid, mode_of
+import torch as th
 from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
+from gymnasium import spaces
 from matplotlib.figure import Figure
 from stable_baselines3 import SAC
 
 from sb3_dqs import DQS
+from sb3_dqs.diagnostics.metrics import box_grid
+
+CENTERS = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
+HEIGHTS = np.array([0.85, 0.9, 0.95, 1.0])
+WIDTH = 0.2
+
+
+def reward(actions: np.ndarray) -> np.ndarray:
+    """Four Gaussian bumps of unequal height, from actions (..., 2) to (...)."""
+    squared_distances = ((actions[..., None, :] - CENTERS) ** 2).sum(axis=-1)
+    return (HEIGHTS * np.exp(-squared_distances / (2 * WIDTH**2))).sum(axis=-1)
+
+
+def mode_of(actions: np.ndarray) -> np.ndarray:
+    """Index of the quadrant, in the middle of which is a bump, from actions (..., 2) to (...)."""
+    return 2 * (actions[..., 0] > 0) + (actions[..., 1] > 0)
+
+
+def boltzmann_grid(ent_coef: float, n: int = 401) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The exact policy ``exp(r / ent_coef) / Z`` on a grid.
+
+    :param ent_coef: temperature
+    :param n: points per dimension
+    :return: grid of shape (n, n, 2) and probabilities of shape (n, n) that add up to 1
+    """
+    grid = box_grid(2, n, th.float64).numpy()
+    probabilities = th.as_tensor(reward(grid) / ent_coef).softmax(dim=0)
+    return grid.reshape(n, n, 2), probabilities.reshape(n, n).numpy()
+
+
+class BanditEnv(gym.Env):
+    """One state, one step, reward of :func:`reward`."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray):
+        return np.zeros(1, np.float32), float(reward(action)), True, False, {}
 
 
 def plot(actions: dict[str, np.ndarray], grid: np.ndarray, probabilities: np.ndarray, path: Path) -> None:

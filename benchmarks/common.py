@@ -1,16 +1,16 @@
 """What the benchmarks share: provenance of a figure, CSV files of results, tables, means and their spread, an environment."""
 
-import csv
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
 from gymnasium import spaces
 
@@ -47,25 +47,15 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     :param rows: all with the same keys, in the order of the columns
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, **provenance()} for row in rows]
-    is_new = not path.exists()
-    if not is_new:
-        with path.open(newline="") as file:
-            if next(csv.reader(file)) != list(rows[0]):
-                raise ValueError(f"{path} has other columns than {list(rows[0])}: move it away.")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    frame = pd.DataFrame([{**row, **provenance()} for row in rows])
+    if path.exists() and list(pd.read_csv(path, nrows=0)) != list(frame):
+        raise ValueError(f"{path} has other columns than {list(frame)}: move it away.")
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.exists() else []
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -112,6 +102,26 @@ def bootstrap_interval(values: np.ndarray, n_resamples: int = 2000, level: float
     means = iqm(values[rng.integers(len(values), size=(n_resamples, len(values)))])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def nearest_neighbour_entropy(samples: th.Tensor) -> float:
+    """Entropy of samples, shape (n, dim), from distances to their third neighbours (Kozachenko and Leonenko 1987)."""
+    n, dim = samples.shape
+    samples = samples.double() + 1e-4 * th.randn(n, dim)  # clipped actions are equal
+    distances = [th.cdist(part, samples).topk(4, largest=False).values[:, -1] for part in samples.split(1000)]
+    log_ball = dim / 2 * np.log(np.pi) - th.lgamma(th.tensor(dim / 2 + 1)).item()
+    digammas = th.digamma(th.tensor([float(n), 3.0]))
+    return dim * th.cat(distances).log().mean().item() + (digammas[0] - digammas[1]).item() + log_ball
+
+
+def minimise(optimizer: th.optim.Optimizer, n_steps: int, loss: Callable[[int], th.Tensor]) -> None:
+    """Gradient steps on a function of their number, with a learning rate that falls to zero."""
+    schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        schedule.step()
 
 
 def use_one_thread() -> None:

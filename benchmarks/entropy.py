@@ -14,8 +14,7 @@ import argparse
 import gymnasium as gym
 import numpy as np
 import torch as th
-from common import RESULTS, append_rows, print_provenance, use_one_thread
-from nearest_neighbours import nearest_neighbour_entropy
+from common import RESULTS, append_rows, nearest_neighbour_entropy, print_provenance, use_one_thread
 
 from sb3_dqs import DQS
 from sb3_dqs.density import log_det_tanh

@@ -28,6 +28,8 @@ from common import (
     SizedEnv,
     append_rows,
     mean_and_spread,
+    minimise,
+    nearest_neighbour_entropy,
     print_provenance,
     print_table,
     provenance,
@@ -36,14 +38,12 @@ from common import (
 )
 from fidelity_estimators import ESTIMATORS, DrawsThemselves
 from fidelity_targets import TARGETS, Target, make_target
-from nearest_neighbours import nearest_neighbour_entropy
-from stable_baselines3.common.distributions import TanhBijector
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution, TanhBijector
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_dqs import DQS
 from sb3_dqs.critics import Energy, MlpCritic
 from sb3_dqs.denoiser_targets import LogDensity
-from sb3_dqs.density import log_det_tanh
 from sb3_dqs.diagnostics.metrics import sliced_wasserstein
 
 # Half as wide as the default, to save time; the learning rate falls to zero
@@ -119,56 +119,48 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
             return TanhBijector.inverse(target.sample(latents[..., 0].numel())).reshape(latents.shape)
 
         model.actor.training_sample = draw_exactly  # type: ignore[method-assign]
-    optimizer = model.actor.optimizer
-    schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    obs, dones, ess, n_targets = th.zeros(BATCH_SIZE, 1), th.zeros(BATCH_SIZE, 1), [], 0
-    for step in range(steps):
+    obs, dones = th.zeros(BATCH_SIZE, 1), th.zeros(BATCH_SIZE, 1)
+    ess, n_targets = [], []
+
+    def compute_loss(step: int) -> th.Tensor:
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
         if model.draws_own_actions(step, dones):
             loss, metrics = model.actor_loss(obs, ent_coef)
-            n_targets += round(model.own_share * BATCH_SIZE) * model.n_draws
+            n_targets.append(round(model.own_share * BATCH_SIZE) * model.n_draws)
         else:
             embedding = model.actor.embed(obs)
             with th.no_grad():
                 next_u, _ = model.actor.draw(embedding)
             loss, metrics = model.next_actor_loss(obs, embedding, next_u, dones, ent_coef)
-            n_targets += round(model.next_share * BATCH_SIZE) * model.n_copies
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            n_targets.append(round(model.next_share * BATCH_SIZE) * model.n_copies)
         ess.append(float(metrics.get("ess", np.nan)))
+        return loss
+
+    minimise(model.actor.optimizer, steps, compute_loss)
     critic: Any = model.critic
     return lambda n: th.as_tensor(model.predict(np.zeros((n, 1), np.float32))[0]), {
         "entropy": model.policy.entropy(obs[:1], n_actions=2048).item(),
         "ess": float(np.nanmean(ess[-steps // 4 :])),
-        "forward": critic.n_values / n_targets,
-        "backward": critic.n_gradients / n_targets,
+        "forward": critic.n_values / sum(n_targets),
+        "backward": critic.n_gradients / sum(n_targets),
     }
 
 
 def train_gaussian(target: Target, steps: int, seed: int) -> tuple[Policy, dict[str, float]]:
     """SAC's policy, and its objective: tanh of a diagonal Gaussian that maximises ``E[Q] / ent_coef`` plus entropy."""
     th.manual_seed(seed)
-    mean = th.zeros(target.dim, requires_grad=True)
-    log_std = th.zeros(target.dim, requires_grad=True)
-    optimizer = th.optim.Adam([mean, log_std], lr=GAUSSIAN_LEARNING_RATE)
-    schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    parameters = [th.zeros(target.dim, requires_grad=True) for _ in range(2)]  # mean and logarithm of the standard deviation
+    distribution = SquashedDiagGaussianDistribution(target.dim)
 
     def draw(n: int) -> tuple[th.Tensor, th.Tensor]:
-        noise = th.randn(n, target.dim)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.pow(2) - log_std - 0.5 * np.log(2 * np.pi)
-        return u.tanh(), log_normal.sum(dim=1) - log_det_tanh(u)
+        return distribution.log_prob_from_params(*(parameter.expand(n, -1) for parameter in parameters))
 
-    for _ in range(steps):
+    def loss(step: int) -> th.Tensor:
         actions, log_prob = draw(BATCH_SIZE)
-        loss = (log_prob - target.log_density(actions)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return (log_prob - target.log_density(actions)).mean()
+
+    minimise(th.optim.Adam(parameters, lr=GAUSSIAN_LEARNING_RATE), steps, loss)
     entropy = -draw(N_ACTIONS)[1].mean().item()
     return lambda n: draw(n)[0].detach(), {"entropy": entropy, "ess": np.nan, "forward": 1.0, "backward": 1.0}
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch as th
-from torch import nn
+from common import minimise
+from stable_baselines3.common.torch_layers import create_mlp
+from torch import distributions, nn
 
 from sb3_dqs.denoiser_targets import LogDensity
 from sb3_dqs.diagnostics.metrics import box_grid, grid_entropy, sample_grid
@@ -52,15 +54,10 @@ def flat(dim: int) -> Target:
     return Target(dim, lambda actions: 0 * actions.sum(dim=-1), lambda n: 2 * th.rand(n, dim) - 1, dim * math.log(2))
 
 
-def gaussians(centers: th.Tensor, shares: th.Tensor, std: float) -> LogDensity:
-    """Log-density of a mixture of isotropic Gaussians, up to a constant."""
-    offset = shares.log() - centers.pow(2).sum(dim=1) / (2 * std**2)
-
-    def log_density(actions: th.Tensor) -> th.Tensor:
-        quadratic = actions.pow(2).sum(dim=-1) / (2 * std**2)
-        return th.logsumexp(offset + actions @ centers.T / std**2, dim=-1) - quadratic
-
-    return log_density
+def gaussians(centers: th.Tensor, shares: th.Tensor, std: float) -> distributions.Distribution:
+    """Mixture of isotropic Gaussians."""
+    parts = distributions.Independent(distributions.Normal(centers, std), 1)
+    return distributions.MixtureSameFamily(distributions.Categorical(shares), parts)
 
 
 def on_grid(dim: int, log_density: LogDensity, modes: th.Tensor | None = None) -> Target:
@@ -74,22 +71,15 @@ def on_grid(dim: int, log_density: LogDensity, modes: th.Tensor | None = None) -
 
 def mixture(centers: th.Tensor, shares: th.Tensor, std: float) -> Target:
     """Gaussians truncated to the box, in any dimension: samples by rejection, entropy as their mean (to 0.01 nats)."""
-    dim = centers.shape[1]
-    log_density = gaussians(centers, shares, std)
-
-    def propose(count: int) -> th.Tensor:
-        which = th.multinomial(shares, count, replacement=True)
-        return centers[which] + std * th.randn(count, dim)
+    whole = gaussians(centers, shares, std)
 
     def sample(count: int) -> th.Tensor:
-        proposals = propose(4 * count)
-        inside = proposals[(proposals.abs() <= 1).all(dim=1)]
-        return inside[:count]
+        proposals = whole.sample((4 * count,))
+        return proposals[(proposals.abs() <= 1).all(dim=1)][:count]
 
-    in_box = (propose(400_000).abs() <= 1).all(dim=1).double().mean().log().item()
-    log_norm = dim / 2 * math.log(2 * math.pi * std**2) + in_box
-    entropy = log_norm - log_density(sample(200_000)).double().mean().item()
-    return Target(dim, log_density, sample, entropy, centers)
+    in_box = (whole.sample((400_000,)).abs() <= 1).all(dim=1).double().mean()
+    entropy = in_box.log() - whole.log_prob(sample(200_000)).double().mean()
+    return Target(centers.shape[1], whole.log_prob, sample, entropy.item(), centers)
 
 
 def by_rejection(log_density: LogDensity, centers: th.Tensor, std: float) -> Target:
@@ -98,10 +88,10 @@ def by_rejection(log_density: LogDensity, centers: th.Tensor, std: float) -> Tar
     rejection with the largest weight; the entropy from all candidates by self-normalised importance weights.
     """
     dim, n_candidates, uniform_share = centers.shape[1], 400_000, 0.1
-    around = mixture(centers, th.full((len(centers),), 1 / len(centers)), std)
+    around = mixture(centers, th.ones(len(centers)), std)
     n_uniform = int(uniform_share * n_candidates)
     candidates = th.cat([around.sample(n_candidates - n_uniform), 2 * th.rand(n_uniform, dim) - 1])
-    # The normalising constant of the Gaussians from their entropy, which is the mean of -log q over their samples
+    # The normalising constant of the Gaussians in the box from their entropy, the mean of -log q over their samples
     log_norm = around.entropy + around.log_density(around.sample(200_000)).mean()
     log_around = around.log_density(candidates) - log_norm + math.log(1 - uniform_share)
     log_uniform = th.full_like(log_around, math.log(uniform_share) - dim * math.log(2))
@@ -122,19 +112,15 @@ def critic(centers: th.Tensor, width: float, ent_coef: float) -> LogDensity:
     """Log-density of a trained critic over a temperature: a network fitted to bumps of unequal height."""
     n_modes, dim = centers.shape
     heights = th.linspace(0.9, 1.0, n_modes)
-    q_net = nn.Sequential(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
-    n_steps, batch_size = 4000, 256
-    optimizer = th.optim.Adam(q_net.parameters(), lr=3e-3)
-    schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    for _ in range(n_steps):
-        near = centers[th.randint(n_modes, (batch_size // 2,))] + width * th.randn(batch_size // 2, dim)
-        actions = th.cat([near.clamp(-1, 1), 2 * th.rand(batch_size // 2, dim) - 1])
+    q_net = nn.Sequential(*create_mlp(dim, 1, [64, 64]))
+
+    def loss(step: int) -> th.Tensor:
+        near = centers[th.randint(n_modes, (128,))] + width * th.randn(128, dim)
+        actions = th.cat([near.clamp(-1, 1), 2 * th.rand(128, dim) - 1])
         values = (heights * (-th.cdist(actions, centers).pow(2) / (2 * width**2)).exp()).sum(dim=1)
-        loss = (q_net(actions).squeeze(1) - values).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return (q_net(actions).squeeze(1) - values).pow(2).mean()
+
+    minimise(th.optim.Adam(q_net.parameters(), lr=3e-3), 4000, loss)
     q_net.requires_grad_(False)
     return lambda actions: q_net(actions).squeeze(-1) / ent_coef
 
@@ -145,12 +131,12 @@ def signs(rows: tuple[str, ...]) -> th.Tensor:
 
 def modes_1() -> Target:
     centers = th.tensor([[-0.5], [0.5]])
-    return on_grid(1, gaussians(centers, th.tensor([0.3, 0.7]), 0.1), centers)
+    return on_grid(1, gaussians(centers, th.tensor([0.3, 0.7]), 0.1).log_prob, centers)
 
 
 def gaussians_2() -> Target:
     centers = 0.5 * signs(("--", "-+", "+-", "++"))
-    return on_grid(2, gaussians(centers, th.tensor(SHARES), 0.1), centers)
+    return on_grid(2, gaussians(centers, th.tensor(SHARES), 0.1).log_prob, centers)
 
 
 def ring() -> Target:
@@ -162,7 +148,7 @@ def moons() -> Target:
     angles = th.linspace(0, math.pi, 24)
     upper = th.stack([0.5 * angles.cos() - 0.25, 0.5 * angles.sin() - 0.12], dim=1)
     arcs = th.cat([upper, -upper])
-    return on_grid(2, gaussians(arcs, th.full((len(arcs),), 1 / len(arcs)), 0.06))
+    return on_grid(2, gaussians(arcs, th.ones(len(arcs)), 0.06).log_prob)
 
 
 def critic_2() -> Target:

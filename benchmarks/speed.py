@@ -28,7 +28,7 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from tqdm import tqdm
+from tqdm import trange
 
 from sb3_dqs import DQS
 from sb3_dqs.dqs_paper import PAPER
@@ -56,7 +56,8 @@ TRAIN = "train(1, 256)"
 MODES = {"stochastic": False, "deterministic": True}
 PREDICT = {f"predict {n}, {mode}": (n, MODES[mode]) for n in (1, 16, 256) for mode in MODES}
 LEARN = {"learn, 1 env": 1, "learn, 8 envs": 8}
-MEASURES = (TRAIN, *PREDICT, *LEARN)
+MEMORY = "memory"
+MEASURES = (TRAIN, *PREDICT, *LEARN, MEMORY)
 # What grows, and how: arguments of DQS, or sizes of the environment
 GROWTH = {
     "n_mc_samples": (4, 8, 16, 32),
@@ -67,7 +68,7 @@ GROWTH = {
     "environments (predict)": (1, 8, 64),
 }
 
-# Name of the variant, name of the measure
+# By name of the variant and of the measure
 Runs = dict[tuple[str, str], Callable[[], Any]]
 Times = dict[tuple[str, str], list[float]]
 
@@ -130,10 +131,10 @@ def growth_runs(quantity: str, device: str) -> Runs:
     return runs
 
 
-def time_in_turns(runs: Runs, device: str, repeats: int, slow_repeats: int, progress: tqdm) -> Times:
+def time_in_turns(runs: Runs, device: str, repeats: int, slow_repeats: int) -> Times:
     """Seconds per gradient step, call of predict(), or LEARN_STEPS steps of learning."""
     times: Times = defaultdict(list)
-    for repeat in range(-1, repeats):  # the first is not counted
+    for repeat in trange(-1, repeats, leave=False):  # the first is not counted
         for (name, measure), run in runs.items():
             n_repeats = slow_repeats if name == SLOW else repeats
             # Learning takes as long as LEARN_STEPS gradient steps
@@ -141,7 +142,6 @@ def time_in_turns(runs: Runs, device: str, repeats: int, slow_repeats: int, prog
                 seconds = clock(run, device)
                 if repeat >= 0:
                     times[name, measure].append(seconds if measure in LEARN or "predict" in measure else seconds / TRAIN_STEPS)
-        progress.update()
     return times
 
 
@@ -156,46 +156,38 @@ def peak_memory(name: str, env_id: str, device: str) -> float:
     return int(status["VmHWM"].split()[0]) / 2**10
 
 
-def measure_memory(names: list[str], env_id: str, device: str) -> dict[str, float]:
+def measure_memory(names: list[str], env_id: str, device: str) -> Times:
     """Each in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        return {name: pool.submit(peak_memory, name, env_id, device).result() for name in names}
+        return {(name, MEMORY): [pool.submit(peak_memory, name, env_id, device).result()] for name in names}
 
 
-def save(subject: str, times: Times, peaks: dict[str, float], device: str) -> None:
+def save(subject: str, times: Times, device: str) -> None:
     """Medians and quartiles, to the CSV file."""
-    values = {**times, **{(name, "memory"): [peak] for name, peak in peaks.items()}}
     rows = []
-    for (variant, measure), numbers in values.items():
-        unit = "MiB" if measure == "memory" else f"s per {LEARN_STEPS} steps" if measure in LEARN else "s"
+    for (variant, measure), numbers in times.items():
+        unit = "MiB" if measure == MEMORY else f"s per {LEARN_STEPS} steps" if measure in LEARN else "s"
         low, median, high = (f"{number:.4g}" for number in np.percentile(numbers, [25, 50, 75]))
         row = {"subject": subject, "variant": variant, "measure": measure, "unit": unit, "median": median, "low": low}
         rows.append({**row, "high": high, "repeats": len(numbers), "device": device})
     append_rows(RESULTS / "speed.csv", rows)
 
 
-def print_costs(env_id: str, names: list[str], times: Times, peaks: dict[str, float]) -> None:
-    """Ratios to SAC, and what SAC's are; the quartiles as the spread of the gradient step."""
-    rows = []
-    for name in names:
-        row = [name]
-        for measure in MEASURES:
-            if (name, measure) not in times:
-                row.append("")
-                continue
-            low, median, high = np.percentile(times[name, measure], [25, 50, 75])
-            base = np.median(times["SAC", measure])
-            if measure in LEARN:
-                row.append(f"{LEARN_STEPS / median:.0f} steps/s ({base / median:.2f})")
-            else:
-                spread = f"; {1e3 * low:.2f}-{1e3 * high:.2f}" if measure == TRAIN else ""
-                row.append(f"**{median / base:.2f}** ({1e3 * median:.2f} ms{spread})")
-        rows.append([*row, f"{peaks[name]:.0f} MiB ({peaks[name] / peaks['SAC']:.2f})"])
-    print(f"{env_id}, in units of SAC's cost (and absolute; spread: quartiles):\n")
-    print_table(["", *MEASURES, "memory"], rows)
+def cost(name: str, measure: str, times: Times) -> str:
+    """Ratio to SAC, and the absolute figure; with the quartiles of the gradient step."""
+    if (name, measure) not in times:
+        return ""
+    low, median, high = np.percentile(times[name, measure], [25, 50, 75])
+    ratio = median / np.median(times["SAC", measure])
+    if measure == MEMORY:
+        return f"{median:.0f} MiB ({ratio:.2f})"
+    if measure in LEARN:
+        return f"{LEARN_STEPS / median:.0f} steps/s ({1 / ratio:.2f})"
+    spread = f"; {1e3 * low:.2f}-{1e3 * high:.2f}" if measure == TRAIN else ""
+    return f"**{ratio:.2f}** ({1e3 * median:.2f} ms{spread})"
 
 
-def plot(costs: dict[str, dict[str, float]], growth: dict[str, list[float]], path: Path) -> None:
+def plot(costs: dict[str, dict[str, float]], growth: dict[str, np.ndarray], path: Path) -> None:
     """Bars of the gradient step in units of SAC's, a panel per environment; and the growth, on logarithmic axes."""
     figure = Figure(figsize=(3.6 * (len(costs) + 1), 3.4), layout="constrained")
     axes = figure.subplots(1, len(costs) + 1, squeeze=False)
@@ -208,9 +200,9 @@ def plot(costs: dict[str, dict[str, float]], growth: dict[str, list[float]], pat
         ax.set_xlim(min(ratios.values()) / 1.5, 2.5 * max(ratios.values()))
         ax.tick_params(labelsize=8)
     ax = axes[0][-1]
-    for quantity, medians in growth.items():
+    for quantity, ratios in growth.items():
         values = np.array(GROWTH[quantity])
-        ax.plot(values / values[0], np.array(medians) / medians[0], marker=".", label=quantity)
+        ax.plot(values / values[0], ratios, marker=".", label=quantity)
     ends = np.array([1, max(values[-1] / values[0] for values in GROWTH.values())])
     ax.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="linear")
     ax.set(xscale="log", yscale="log", xlabel="times as much", ylabel="times the cost", title="DQS")
@@ -234,28 +226,28 @@ def main() -> None:
     print_provenance()
 
     names = [name for name in ALGORITHMS if name in {"SAC", *args.algos}]
-    quantities = [] if args.no_growth else list(GROWTH)
     costs: dict[str, dict[str, float]] = {}
-    growth: dict[str, list[float]] = {}
-    with tqdm(total=(args.repeats + 1) * (len(args.envs) + len(quantities))) as progress:
-        for env_id in args.envs:
-            runs = {key: run for name in names for key, run in runs_of(name, env_id, args.device).items()}
-            times = time_in_turns(runs, args.device, args.repeats, args.paper_repeats, progress)
-            peaks = measure_memory(names, env_id, args.device)
-            save(env_id, times, peaks, device_name)
-            print_costs(env_id, names, times, peaks)
-            base = np.median(times["SAC", TRAIN])
-            costs[env_id] = {name: float(np.median(times[name, TRAIN]) / base) for name in names}
-        for quantity in quantities:
-            times = time_in_turns(growth_runs(quantity, args.device), args.device, args.repeats, args.repeats, progress)
-            save("growth", times, {}, device_name)
-            growth[quantity] = [float(np.median(seconds)) for seconds in times.values()]
+    growth: dict[str, np.ndarray] = {}
+    for env_id in args.envs:
+        runs = {key: run for name in names for key, run in runs_of(name, env_id, args.device).items()}
+        times = time_in_turns(runs, args.device, args.repeats, args.paper_repeats)
+        times |= measure_memory(names, env_id, args.device)
+        save(env_id, times, device_name)
+        print(f"{env_id}, in units of SAC's cost (and absolute; spread: quartiles):\n")
+        print_table(["", *MEASURES], [[name, *(cost(name, measure, times) for measure in MEASURES)] for name in names])
+        base = np.median(times["SAC", TRAIN])
+        costs[env_id] = {name: float(np.median(times[name, TRAIN]) / base) for name in names}
+    for quantity in [] if args.no_growth else GROWTH:
+        times = time_in_turns(growth_runs(quantity, args.device), args.device, args.repeats, args.repeats)
+        save("growth", times, device_name)
+        medians = np.array([np.median(seconds) for seconds in times.values()])
+        growth[quantity] = medians / medians[0]
     if growth:
         print("How the cost of DQS grows (a gradient step, or predict of as many observations), in units of the first:\n")
         rows = []
-        for quantity, medians in growth.items():
+        for quantity, ratios in growth.items():
             values = GROWTH[quantity]
-            cells = [f"{value}: {median / medians[0]:.2f}" for value, median in zip(values, medians, strict=True)]
+            cells = [f"{value}: {ratio:.2f}" for value, ratio in zip(values, ratios, strict=True)]
             rows.append([quantity, ", ".join(cells), f"{values[-1] / values[0]:.0f}"])
         print_table(["", "cost", "linear would be"], rows)
     plot(costs, growth, RESULTS / "speed.png")

@@ -9,13 +9,14 @@ import pytest
 import torch as th
 from stable_baselines3.common.envs import FakeImageEnv
 from torch import nn
-from toys import Recorder, same
+from toys import Recorder, RecordingCritic, same
 
 from sb3_dqs import DQS
 from sb3_dqs.critics import MlpCritic
-from sb3_dqs.denoiser_targets import EnergyGradient, GradientStep, PooledMean, PosteriorMean
+from sb3_dqs.denoiser_targets import EnergyGradient, GradientStep, PosteriorMean
 from sb3_dqs.noise import NoiseLevels
-from sb3_dqs.temperature import AutoTemperature, FixedTemperature, Temperature
+from sb3_dqs.solvers import dpm_solver_2m
+from sb3_dqs.temperature import AutoTemperature, Temperature
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from layer_norm_critic import LayerNormCritic
@@ -25,87 +26,60 @@ from quantile_critic import QuantileCritic
 from random_shift import RandomShift
 
 
-class CountingTarget(Recorder):
+class Counting(nn.Module):
     """Counts its calls in a buffer."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("n_calls", th.zeros(()))
 
+
+class CountingTarget(Counting, Recorder):
     def forward(self, density, draws):
         self.n_calls += 1
         return draws.u, {"calls": self.n_calls.clone()}
 
 
-class CountingTemperature(Temperature):
+class CountingTemperature(Counting, Temperature):
     """Falls with its updates; remembers them."""
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("n_updates", th.zeros(()))
-        self.seen = []
+    seen = ()
 
     def forward(self, progress_remaining):
-        return 1 / (1 + self.n_updates)
+        return 1 / (1 + self.n_calls)
 
     def update(self, entropy, learning_rate):
-        self.n_updates += 1
-        self.seen.append((entropy, learning_rate))
+        self.n_calls += 1
+        self.seen = [*self.seen, (entropy, learning_rate)]
 
 
-class CountingAugmentation(nn.Module):
+class CountingAugmentation(Counting):
     """Adds 100 to the observations."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("n_calls", th.zeros(()))
 
     def forward(self, obs):
         self.n_calls += 1
         return obs + 100
 
 
-class RecordingCritic(MlpCritic):
-    """Remembers the observations of its calls."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def backup_values(self, obs, actions):
-        self.seen.append(obs)
-        return super().backup_values(obs, actions)
-
-    def loss(self, obs, actions, targets):
-        self.seen.append(obs)
-        return super().loss(obs, actions, targets)
-
-
-def euler(denoise, x, sigmas, callback):
-    """First order."""
-    for step, sigma in enumerate(sigmas):
-        denoised = denoise(x, sigma)
-        if callback is not None:
-            callback(step, x, sigma, denoised)
-        if step + 1 < len(sigmas):
-            x = denoised + sigmas[step + 1] / sigma * (x - denoised)
-    return denoised
+def own_solver(*args):
+    return dpm_solver_2m(*args)
 
 
 QUANTILES = {"critic_class": QuantileCritic, "critic_kwargs": {"n_quantiles": 5, "n_dropped": 1}}
 PARTS = {
+    "default": {},
+    "fixed number": {"ent_coef": 0.1},
+    "scheduled temperature": {"ent_coef": "log_linear_1.0_0.1"},
     "critic of quantiles": {"policy_kwargs": QUANTILES},
     "critic with layer normalisation": {"policy_kwargs": {"critic_class": LayerNormCritic}},
     "estimator": {"denoiser_target": ImportanceSampling(8)},
     "estimator of fields": {"denoiser_target": PosteriorMean(6, enough_samples=3.0, too_few_samples=1.0, weighed_share=1.0)},
     "estimator of estimators": {"denoiser_target": PosteriorMean(pooled=EnergyGradient(8), gradient=GradientStep(1.0, 2.0))},
-    "pooled mean": {"denoiser_target": PooledMean(6)},
     "estimator with a buffer": {"denoiser_target": CountingTarget()},
     "temperature": {"ent_coef": OwnRateTemperature(1.0, -1.0)},
     "temperature of fields": {"ent_coef": AutoTemperature(0.5, -2.0, 1, gain=1.0, max_rise=1.0)},
-    "fixed temperature": {"ent_coef": FixedTemperature(0.5)},
     "temperature with a buffer": {"ent_coef": CountingTemperature()},
-    "solver": {"policy_kwargs": {"solver": euler}},
+    "solver": {"policy_kwargs": {"solver": own_solver}},
     "noise levels": {"policy_kwargs": {"noise": NoiseLevels(0.1, 2.0, 10.0), "n_frequencies": 3}},
     "augmentation": {"augmentation": CountingAugmentation()},
 }
@@ -124,14 +98,15 @@ def test_parts_are_trained_with_saved_and_loaded(make_model, tmp_path, name):
     assert all(np.isfinite(value) for key, value in model.logger.name_to_value.items() if key.startswith("train/"))
     model.save(tmp_path / "model")
     loaded = DQS.load(tmp_path / "model", env=model.get_env())
-    assert same(model.get_parameters(), loaded.get_parameters())
+    assert same(model.get_parameters(), loaded.get_parameters()) and loaded.ent_coef_tensor == model.ent_coef_tensor
+    assert (loaded.num_timesteps, loaded._n_updates) == (model.num_timesteps, model._n_updates)
     obs = np.zeros((2, 3), np.float32)
     assert np.array_equal(*(each.predict(obs, deterministic=True)[0] for each in (model, loaded)))
     assert fields(model) == fields(loaded)
     if model.augmentation is not None:
         assert model.augmentation.n_calls == loaded.augmentation.n_calls > 0
     other = make_model(**PARTS[name], seed=1)
-    other.set_parameters(model.get_parameters())
+    other.set_parameters(tmp_path / "model")
     assert same(model.get_parameters(), other.get_parameters())
     loaded.learn(30, reset_num_timesteps=False)
 
@@ -147,17 +122,9 @@ class TestInstances:
         """Two models of one instance do not share it, and it is as the user made it."""
         kwargs = {"denoiser_target": CountingTarget(), "ent_coef": CountingTemperature()}
         first, second = make_model(**kwargs).learn(30), make_model(**kwargs)
-        assert first.target_estimator.n_calls == 10 and first.temperature.n_updates == 10
-        for target, temperature in (kwargs.values(), (second.target_estimator, second.temperature)):
-            assert target.n_calls == temperature.n_updates == 0
-
-    def test_knobs_reach_the_model(self, make_model):
-        model = make_model(
-            denoiser_target=PosteriorMean(7, enough_samples=5.0), ent_coef=AutoTemperature(0.5, -2.0, 1, gain=1.0)
-        )
-        assert model.target_estimator.pooled.n_samples == 7 and model.target_estimator.enough_samples == 5.0
-        assert model.temperature.gain == 1.0 and float(model.ent_coef_tensor) == pytest.approx(0.5)
-        assert make_model(n_mc_samples=9).target_estimator.pooled.n_samples == 9
+        assert first.target_estimator.n_calls == first.temperature.n_calls == 10
+        for part in (*kwargs.values(), second.target_estimator, second.temperature):
+            assert part.n_calls == 0
 
     def test_metrics_of_an_estimator_are_logged(self, make_model):
         model = make_model(denoiser_target=CountingTarget(), policy_delay=2).learn(30)
@@ -201,47 +168,17 @@ class TestCritic:
         assert actions.mean() == pytest.approx(0.8, abs=0.1)
 
 
-class TestSolver:
-    def test_is_run_from_noise_at_the_levels_of_the_actor(self, make_model):
-        noise = NoiseLevels(0.1, 2.0, 10.0)
-        actor = make_model(policy_kwargs={"solver": euler, "noise": noise, "diffusion_steps": 5}).actor
-        assert actor.sigmas == noise.sampling(5) and actor.sigmas[0] == 10.0 and actor.sigmas[-1] == pytest.approx(0.1)
-        latents = th.randn(4, 1)
-        with th.no_grad():
-            embedding = actor.embed(th.randn(4, 3))
-            expected = euler(lambda x, sigma: actor.denoise(embedding, x, sigma), 10 * latents, actor.sigmas, None)
-            assert th.allclose(actor.sample(embedding, latents), expected, atol=1e-5)
-            u, log_prob = actor.sample_log_prob(embedding, latents)
-        assert th.allclose(u, expected, atol=1e-5) and log_prob.isfinite().all()
-
-    def test_is_used_in_acting_and_training(self, make_model):
-        calls = []
-
-        def solver(denoise, x, sigmas, callback):
-            calls.append((tuple(x.shape), callback is not None))
-            return euler(denoise, x, sigmas, callback)
-
-        model = make_model(policy_kwargs={"solver": solver}, own_draws_freq=2).learn(30)
-        calls.clear()
-        model.predict(np.zeros((7, 3), np.float32))
-        model.train(2, 16)
-        # Next actions with their log-density twice, and the draws of the actor once
-        assert calls == [((7, 1), False), ((16, 1), True), ((4, 4, 1), False), ((16, 1), True)]
-
-
-class TestAugmentation:
-    def test_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_predict(self, make_model):
-        kwargs = {"denoiser_target": Recorder(), "policy_kwargs": {"critic_class": RecordingCritic}}
-        model = make_model(augmentation=CountingAugmentation(), **kwargs).learn(30)
-        model.augmentation.n_calls.zero_()
-        for deterministic in (True, False):
-            model.predict(np.zeros(3, np.float32), deterministic=deterministic)
-        assert model.augmentation.n_calls == 0
-        model.train(4, 16)
-        assert model.augmentation.n_calls == 8
-        # What it gives is what all networks see
-        density, _ = model.target_estimator.seen[-1]
-        for obs in (density.obs, model.critic.seen[-1], model.critic_target.seen[-1]):
-            assert (obs > 90).all()
-        assert not th.equal(model.critic.seen[-1], model.critic_target.seen[-1])
-        assert np.abs(model.replay_buffer.observations).max() < 90
+def test_augmentation_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_predict(make_model):
+    kwargs = {"denoiser_target": Recorder(), "policy_kwargs": {"critic_class": RecordingCritic}}
+    model = make_model(augmentation=CountingAugmentation(), **kwargs).learn(30)
+    model.augmentation.n_calls.zero_()
+    for deterministic in (True, False):
+        model.predict(np.zeros(3, np.float32), deterministic=deterministic)
+    assert model.augmentation.n_calls == 0
+    model.train(4, 16)
+    assert model.augmentation.n_calls == 8
+    # What it gives is what all networks see
+    density, _ = model.target_estimator.seen[-1]
+    seen = [density.obs, model.critic.seen[-1][0], model.critic_target.seen[-1][0]]
+    assert all((obs > 90).all() for obs in seen) and not th.equal(*seen[1:])
+    assert np.abs(model.replay_buffer.observations).max() < 90

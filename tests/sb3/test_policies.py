@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from torch import nn
-from toys import OneStepEnv, same
+from toys import same
 
-from sb3_dqs import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dqs import CnnPolicy, MlpPolicy
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.policies import DQSPolicy
 
@@ -42,13 +42,6 @@ class TestDeterministic:
         with th.no_grad():
             assert th.equal(policy(th.as_tensor(obs), deterministic=True), policy.actor(th.as_tensor(obs), deterministic=True))
 
-    def test_is_the_same_for_two_policies_of_the_same_weights_and_stochastic_is_not(self):
-        first, second, obs = make_policy(), make_policy(), np.zeros((1, 3), np.float32)
-        second.load_state_dict(first.state_dict())
-        for deterministic in (True, False):
-            actions = [policy.predict(obs, deterministic=deterministic)[0] for policy in (first, second)]
-            assert np.array_equal(*actions) == deterministic
-
     def test_best_of_n_by_q_takes_the_most_valuable(self):
         policy, obs = make_policy(best_of_n_by_q=8), th.randn(4, 3)
         with th.no_grad():
@@ -64,9 +57,7 @@ class TestArchitecture:
         [
             (None, [256, 256, 1], [256, 256, 1]),
             ([], [1], [1]),
-            ([2], [2, 1], [2, 1]),
             ({"pi": [8], "qf": [4, 4]}, [8, 1], [4, 4, 1]),
-            ({"pi": [], "qf": [4]}, [1], [4, 1]),
         ],
     )
     @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
@@ -86,43 +77,23 @@ class TestArchitecture:
             assert isinstance(net.optimizer, RMSpropTFLike) and net.optimizer.defaults["eps"] == 1e-4
         assert len(model.critic.q_networks) == len(model.critic_target.q_networks) == 3
 
-    def test_images_and_dictionaries(self, make_model):
-        env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    @pytest.mark.parametrize("is_normalized", [False, True])
+    def test_images(self, make_model, is_normalized):
+        env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True)
         kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+        if is_normalized:
+            box = spaces.Box(0, 1, env.observation_space.shape, np.float32)
+            env = gym.wrappers.TransformObservation(env, lambda obs: (obs / 255).astype(np.float32), box)
+            kwargs["normalize_images"] = False
         model = make_model("CnnPolicy", env, buffer_size=50, policy_kwargs=kwargs).learn(30)
         assert isinstance(model.actor.features_extractor, NatureCNN) and isinstance(model.policy, CnnPolicy)
-
-        env = SimpleMultiObsEnv(num_col=2, num_row=2, discrete_actions=False, channel_last=False)
-        model = make_model("MultiInputPolicy", env, buffer_size=50, policy_kwargs={"share_features_extractor": True}).learn(30)
-        assert isinstance(model.policy, MultiInputPolicy)
-
-    def test_images_that_are_normalized_already(self, make_model):
-        class Normalized(gym.ObservationWrapper):
-            def __init__(self, env):
-                super().__init__(env)
-                self.observation_space = spaces.Box(0, 1, env.observation_space.shape, np.float32)
-
-            def observation(self, observation):
-                return (observation / 255).astype(np.float32)
-
-        env = Normalized(FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True))
-        make_model("CnnPolicy", env, buffer_size=50, policy_kwargs={"normalize_images": False}).learn(30)
+        assert model.actor.normalize_images == model.critic.normalize_images == (not is_normalized)
 
     def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
         with pytest.warns(UserWarning) as caught:
             make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
         messages = [str(warning.message) for warning in caught]
         assert [sum(name in text for text in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
-
-    @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, np.inf])
-    def test_absurd_weights_give_finite_actions(self, scale):
-        policy = make_policy()
-        with th.no_grad():
-            for param in policy.actor.parameters():
-                param.copy_(scale * th.randn_like(param))
-        for deterministic in (True, False):
-            actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
-            assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
 
     def test_buffers_are_of_floats_and_move_with_the_policy(self):
         policy = make_policy(use_sde=True, best_of_n_by_q=4)
@@ -140,16 +111,6 @@ class TestArchitecture:
         assert isinstance(loaded.critic, OtherCritic) and same(policy.state_dict(), loaded.state_dict())
         obs = np.ones((2, 3), np.float32)
         assert np.array_equal(*(each.predict(obs, deterministic=True)[0] for each in (policy, loaded)))
-
-    def test_parameters_to_vector_and_back(self):
-        policy = make_policy()
-        policy.load_from_vector(policy.parameters_to_vector() * 0)
-        assert not policy.parameters_to_vector().any()
-
-    def test_shapes_of_density_and_entropy(self):
-        policy = make_policy()
-        assert policy.log_prob(th.zeros(4, 3), th.zeros(4, 2)).shape == (4,)
-        assert policy.entropy(th.zeros(4, 3), n_actions=3).shape == (4,)
 
 
 class OtherCritic(MlpCritic):
@@ -240,9 +201,9 @@ class TestModulesOfUsers:
         model.predict(np.zeros(3, np.float32))
         assert not actors.modes[-1]
 
-    @pytest.mark.parametrize("cls", ["TableExtractor", "EnergyExtractor"])
+    @pytest.mark.parametrize("cls", [TableExtractor, EnergyExtractor])
     def test_features_extractor_that_caches_or_differentiates(self, make_model, cls):
-        make_model(policy_kwargs={"features_extractor_class": globals()[cls]}).learn(40)
+        make_model(policy_kwargs={"features_extractor_class": cls}).learn(40)
 
     def test_running_statistics_of_targets_are_those_of_the_critics(self, make_model):
         model = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30)
@@ -279,25 +240,10 @@ class TestModulesOfUsers:
         policy = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30).policy
         policy.set_training_mode(True)
         before = statistics(policy)
-        arguments = {"log_prob": (th.zeros(1, 3), th.zeros(1, 1)), "entropy": (th.zeros(1, 3),)}
-        assert getattr(policy, method)(*arguments[method]).isfinite().all()
+        arguments = {"log_prob": (th.zeros(4, 3), th.zeros(4, 1)), "entropy": (th.zeros(4, 3), 3)}
+        values = getattr(policy, method)(*arguments[method])
+        assert values.shape == (4,) and values.isfinite().all()
         assert same(statistics(policy), before)
-
-    def test_hooks_of_every_layer_are_called_in_acting_and_training(self, make_model):
-        model = make_model(env=OneStepEnv(), policy_kwargs={"net_arch": [8, 8], "best_of_n_by_q": 2}).learn(30)
-        obs = np.zeros((1, 2), np.float32)
-        for net, acts in ((model.actor, True), (model.critic.q_networks[0], True), (model.critic.q_networks[1], False)):
-            for name, layer in net.named_modules():
-                if not isinstance(layer, (nn.Linear, nn.ReLU)):
-                    continue
-                calls = []
-                handle = layer.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output))
-                model.predict(obs, deterministic=True)
-                assert bool(calls) == acts, name
-                calls.clear()
-                model.train(2, 16)
-                assert calls, name
-                handle.remove()
 
 
 NET = nn.Linear(1, 1)
@@ -327,8 +273,6 @@ def fail(obs, *actions):
 WRONG = {
     "energy fails": ("energy", fail),
     "energy is of one action": ("energy", lambda obs: lambda actions: actions[:, 0, 0]),
-    "energy has one dimension too many": ("energy", lambda obs: lambda actions: actions),
-    "backup_values fails": ("backup_values", fail),
     "backup_values has one dimension": ("backup_values", lambda obs, actions: actions[:, 0]),
     "backup_values is a tuple": ("backup_values", lambda obs, actions: (actions, actions)),
     "energy has no gradient": ("energy", lambda obs: lambda actions: actions.sum(dim=2).detach()),

@@ -12,58 +12,10 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.vec_env import DummyVecEnv
 from toys import same
 
 from sb3_dqs import DQS
 from sb3_dqs.noise import NoiseLevels
-
-# What steers learning besides the networks and their optimizers
-STEERING = (
-    "temperature.log_ent_coef",
-    "temperature.mean_error.value",
-    "target_estimator.mean_ess.value",
-    "target_estimator.gradient_noise.value",
-)
-
-
-def get(model: DQS, name: str) -> th.Tensor:
-    value = model
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value.clone()
-
-
-@pytest.mark.parametrize("ent_coef", ["auto", 0.1, "log_linear_1.0_0.1"])
-def test_save_and_load(make_model, tmp_path, ent_coef):
-    model = make_model(ent_coef=ent_coef).learn(60)
-    model.save(tmp_path / "model")
-    loaded = DQS.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"))
-    assert same(model.get_parameters(), loaded.get_parameters())
-    assert loaded.ent_coef_tensor == model.ent_coef_tensor
-    assert loaded.num_timesteps == model.num_timesteps and loaded._n_updates == model._n_updates
-    obs = np.zeros((2, 3), np.float32)
-    assert np.array_equal(*(each.predict(obs, deterministic=True)[0] for each in (model, loaded)))
-    loaded.learn(60, reset_num_timesteps=False)
-
-
-@pytest.mark.parametrize("way", ["load", "set_parameters of a file", "set_parameters of get_parameters"])
-def test_everything_that_steers_learning_is_carried(make_model, tmp_path, way):
-    model, other = make_model().learn(60), make_model(seed=1)
-    assert all((get(model, name) != get(other, name)).all() for name in STEERING)
-    model.save(tmp_path / "model")
-    if way == "load":
-        other = DQS.load(tmp_path / "model")
-    else:
-        other.set_parameters(model.get_parameters() if "get" in way else tmp_path / "model")
-    assert all(th.equal(get(model, name), get(other, name)) for name in STEERING)
-    assert same(model.get_parameters(), other.get_parameters())
-
-
-def test_names_of_parameters(make_model):
-    names = ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"]
-    for ent_coef in ("auto", 0.1):
-        assert list(make_model(ent_coef=ent_coef).get_parameters()) == names
 
 
 @pytest.mark.parametrize("missing", ["policy", "critic.optimizer", "temperature", "target_estimator"])
@@ -79,16 +31,9 @@ def test_parameters_that_lack_a_part_are_refused_unless_exact_match_is_off(make_
     assert same(after.pop(missing), before) and same(after, params) and missing not in params
 
 
-def test_weights_that_do_not_fit_are_refused(make_model):
-    params = make_model().get_parameters()
-    del params["policy"]["actor.embed_level.weight"]
-    with pytest.raises(RuntimeError, match=r"actor\.embed_level\.weight"):
-        make_model().set_parameters(params)
-    make_model().set_parameters(params, exact_match=False)
-
-
-@pytest.mark.parametrize("saved", ["auto", 0.1, "log_linear_1.0_0.1"])
-@pytest.mark.parametrize("own", ["auto_0.2", 0.2, "log_linear_0.2_0.1"])
+@pytest.mark.parametrize(
+    ("saved", "own"), [("auto", "auto_0.2"), ("auto", 0.2), (0.1, "auto_0.2"), (0.1, 0.2), ("log_linear_1.0_0.1", "auto_0.2")]
+)
 def test_another_kind_of_ent_coef(make_model, tmp_path, saved, own):
     """Of two tuned temperatures the saved one is taken, otherwise the own one; the rest is loaded in any case."""
     first, second = make_model(ent_coef=saved).learn(40), make_model(ent_coef=own, seed=1)
@@ -142,25 +87,6 @@ def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
     ours = {"n_mc_samples", "own_draws_freq", "own_share", "n_draws", "next_share", "n_copies", "policy_delay"}
     ours |= {"denoiser_target", "backup", "augmentation", "compile"}
     assert keys(tmp_path / "dqs.zip") - keys(tmp_path / "sac.zip") == ours
-
-
-def test_set_env(make_model, tmp_path):
-    model = make_model().learn(30)
-    model.set_env(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
-    model.learn(30)
-    with pytest.raises(ValueError, match="Observation spaces do not match"):
-        model.set_env(gym.make("MountainCarContinuous-v0"))
-    model.save(tmp_path / "model")
-    loaded = DQS.load(tmp_path / "model")
-    loaded.set_env(gym.make("Pendulum-v1"))
-    loaded.learn(30)
-
-
-def test_replay_buffer(make_model, tmp_path):
-    model, other = make_model().learn(40), make_model()
-    model.save_replay_buffer(tmp_path / "buffer")
-    other.load_replay_buffer(tmp_path / "buffer")
-    assert np.array_equal(model.replay_buffer.actions, other.replay_buffer.actions)
 
 
 # Loads a model and its buffer, and goes on; in a process of its own

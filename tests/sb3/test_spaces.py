@@ -11,8 +11,21 @@ from toys import RandomEnv
 
 from sb3_dqs import DQS, MlpPolicy
 
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+OBSERVATION_SPACES = {
+    "box": BOX,
+    "float64": spaces.Box(-1, 1, (3,), np.float64),
+    "matrix": spaces.Box(-1, 1, (3, 2), np.float32),
+    "unbounded": spaces.Box(-np.inf, np.inf, (3,), np.float32),
+    "discrete": spaces.Discrete(4),
+    "multi-discrete": spaces.MultiDiscrete([2, 3]),
+    "multi-binary": spaces.MultiBinary(3),
+    "dictionary": spaces.Dict({"vector": BOX, "index": spaces.Discrete(3), "bits": spaces.MultiBinary(2)}),
+}
 
-def learn_and_predict(observation_space, action_space, policy="MlpPolicy", batch_size=4):
+
+def learn_and_predict(observation_space=BOX, action_space=BOX, batch_size=4):
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
     env = RandomEnv(observation_space, action_space)
     model = DQS(
         policy, env, learning_starts=5, batch_size=batch_size, buffer_size=30, n_mc_samples=2,
@@ -26,39 +39,21 @@ def learn_and_predict(observation_space, action_space, policy="MlpPolicy", batch
     return model
 
 
-BOX = spaces.Box(-1, 1, (2,), np.float32)
-OBSERVATION_SPACES = {
-    "box": spaces.Box(-1, 1, (3,), np.float32),
-    "float64": spaces.Box(-1, 1, (3,), np.float64),
-    "matrix": spaces.Box(-1, 1, (3, 2), np.float32),
-    "unbounded": spaces.Box(-np.inf, np.inf, (3,), np.float32),
-    "discrete": spaces.Discrete(4),
-    "multi-discrete": spaces.MultiDiscrete([2, 3]),
-    "multi-binary": spaces.MultiBinary(3),
-}
-
-
 @pytest.mark.parametrize("name", OBSERVATION_SPACES)
 def test_observation_spaces(name):
-    learn_and_predict(OBSERVATION_SPACES[name], BOX)
-
-
-def test_dictionary_of_spaces():
-    space = spaces.Dict({"vector": OBSERVATION_SPACES["box"], "index": spaces.Discrete(3), "bits": spaces.MultiBinary(2)})
-    learn_and_predict(space, BOX, "MultiInputPolicy")
+    learn_and_predict(OBSERVATION_SPACES[name])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_small_batches(batch_size):
-    learn_and_predict(OBSERVATION_SPACES["box"], BOX, batch_size=batch_size)
+    learn_and_predict(batch_size=batch_size)
 
 
 @st.composite
 def action_boxes(draw) -> spaces.Box:
     shape = draw(st_numpy.array_shapes(max_dims=2, max_side=3))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
-    bounded = st.floats(-10, 10, width=32)
-    low = draw(st_numpy.arrays(dtype, shape, elements=bounded))
+    low = draw(st_numpy.arrays(dtype, shape, elements=st.floats(-10, 10, width=32)))
     width = draw(st_numpy.arrays(dtype, shape, elements=st.floats(0.125, 10, width=32)))
     return spaces.Box(low, (low + width).astype(dtype), dtype=dtype)
 
@@ -67,7 +62,7 @@ def action_boxes(draw) -> spaces.Box:
 @given(action_boxes())
 def test_any_box_of_actions(action_space):
     """Any shape, asymmetric bounds, either precision: actions stay inside, and the buffer holds them scaled."""
-    model = learn_and_predict(OBSERVATION_SPACES["box"], action_space)
+    model = learn_and_predict(action_space=action_space)
     assert np.abs(model.replay_buffer.actions[: model.replay_buffer.size()]).max() <= 1 + 1e-5
 
 
@@ -75,8 +70,7 @@ def test_saturated_actions_stay_in_the_action_space():
     """-1.7 + 0.5 * 2 * 2.3 rounds to more than 0.6 in float32."""
     space = spaces.Box(-1.7, 0.6, (3,), np.float32)
     policy = MlpPolicy(BOX, space, lambda _: 1e-3, net_arch=[8])
-    scaled = np.array([[1, -1, 1], [-1, 1, -1]], np.float32)
-    for action in policy.unscale_action(scaled):
+    for action in policy.unscale_action(np.array([[1, -1, 1], [-1, 1, -1]], np.float32)):
         assert space.contains(action)
     with th.no_grad():
         policy.actor.net[-1].bias.fill_(100.0)  # an actor that always answers the bound

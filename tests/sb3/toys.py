@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_dqs.critics import MlpCritic
 from sb3_dqs.denoiser_targets import DenoiserTarget
 
 
@@ -65,6 +66,22 @@ class TwoRecorders(Recorder):
     @property
     def for_next_states(self):
         return self.next
+
+
+class RecordingCritic(MlpCritic):
+    """Remembers what it is asked."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def backup_values(self, obs, actions):
+        self.seen.append((obs, actions))
+        return super().backup_values(obs, actions)
+
+    def loss(self, obs, actions, targets):
+        self.seen.append((obs, actions, targets))
+        return super().loss(obs, actions, targets)
 
 
 def same(first: Any, second: Any) -> bool:

@@ -8,7 +8,6 @@ A refactoring leaves them as they are, bit for bit on the machine that recorded 
 import hashlib
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,9 @@ import torch as th
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
 
 from sb3_dqs import DQS
+from sb3_dqs.dqs_paper import PAPER
 
 SNAPSHOTS = Path(__file__).with_name("snapshots.json")
-PAPER = {
-    "denoiser_target": "energy_gradient",
-    "backup": "hard",
-    "policy_delay": 1,
-    "ent_coef": "log_linear_1.0_0.01",
-    "n_mc_samples": 32,
-}
 
 
 def make_images() -> FakeImageEnv:
@@ -34,21 +27,19 @@ def make_images() -> FakeImageEnv:
     return env
 
 
-def make_dictionary() -> BitFlippingEnv:
-    return BitFlippingEnv(n_bits=4, continuous=True)
-
-
-CASES: dict[str, tuple[str, Callable[[], Any] | str, dict[str, Any]]] = {
-    "default": ("MlpPolicy", "Pendulum-v1", {}),
-    "paper": ("MlpPolicy", "Pendulum-v1", PAPER),
-    "hard backup": ("MlpPolicy", "Pendulum-v1", {"backup": "hard"}),
-    "fixed temperature": ("MlpPolicy", "Pendulum-v1", {"ent_coef": 0.1}),
-    "scheduled temperature": ("MlpPolicy", "Pendulum-v1", {"ent_coef": "log_linear_1.0_0.1"}),
-    "use_sde": ("MlpPolicy", "Pendulum-v1", {"use_sde": True, "sde_sample_freq": 4}),
-    "images": ("CnnPolicy", make_images, {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 16}}}),
-    "dictionary": ("MultiInputPolicy", make_dictionary, {}),
-    "gradient_steps=8": ("MlpPolicy", "Pendulum-v1", {"train_freq": 8, "gradient_steps": 8}),
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {**PAPER, "n_mc_samples": 32},
+    "hard backup": {"backup": "hard"},
+    "fixed temperature": {"ent_coef": 0.1},
+    "scheduled temperature": {"ent_coef": "log_linear_1.0_0.1"},
+    "use_sde": {"use_sde": True, "sde_sample_freq": 4},
+    "images": {"policy": "CnnPolicy", "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 16}}},
+    "dictionary": {"policy": "MultiInputPolicy"},
+    "gradient_steps=8": {"train_freq": 8, "gradient_steps": 8},
 }
+ENVS = {"images": make_images, "dictionary": lambda: BitFlippingEnv(n_bits=4, continuous=True)}
+SMALL = {"learning_starts": 20, "batch_size": 32, "buffer_size": 300, "seed": 0, "device": "cpu"}
 
 
 def machine() -> str:
@@ -63,19 +54,14 @@ def record(name: str) -> dict[str, Any]:
     :param name: of the case
     :return: losses of the first gradient steps and of the last, norms of the networks, and a digest of all parameters
     """
-    policy, env, kwargs = CASES[name]
     th.set_num_threads(1)
-    policy_kwargs = {"net_arch": [16, 16], **kwargs.get("policy_kwargs", {})}
-    model = DQS(
-        policy,
-        env() if callable(env) else env,
-        **{"learning_starts": 20, "batch_size": 32, "buffer_size": 300, "seed": 0, "device": "cpu", **kwargs}
-        | {"policy_kwargs": policy_kwargs},
-    )
+    kwargs = {"policy": "MlpPolicy", "env": ENVS.get(name, lambda: "Pendulum-v1")(), **SMALL, **CASES[name]}
+    kwargs["policy_kwargs"] = {"net_arch": [16, 16], **kwargs.get("policy_kwargs", {})}
+    model = DQS(**kwargs)
     model.actor.training_dtype = None  # processors with and without bfloat16 products agree
     losses = []
-    for _ in range(2):
-        model.learn(28 if not losses else 172, reset_num_timesteps=False)
+    for n_steps in (28, 172):
+        model.learn(n_steps, reset_num_timesteps=False)
         names = ("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/entropy")
         losses.append([model.logger.name_to_value.get(loss) for loss in names])
     parameters = th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])

@@ -1,4 +1,4 @@
-"""Boltzmann distributions of independent dimensions, and the exact denoiser of each, by quadrature."""
+"""Boltzmann distributions of independent dimensions, Gaussians and pairs of these, and the exact denoiser of each."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch as th
 
 from sb3_dqs.density import log_det_tanh
+from sb3_dqs.solvers import Denoiser
 
 # Nodes are placed in widths of p(u|x) of a policy that is broader than all of these. Integrands are smooth, so that 97 nodes
 # are enough for integrals; draws are uniform between nodes and need more
@@ -49,6 +50,31 @@ def sample_posterior(energy: str, x: th.Tensor, sigma: th.Tensor, n: int) -> th.
     spacing = nodes[:, 1:2] - nodes[:, :1]
     draws = nodes.gather(1, th.multinomial(probabilities, n, replacement=True))
     return (draws + spacing * (th.rand_like(draws) - 0.5)).to(x.dtype)
+
+
+def gaussian(mean: float, std: float) -> Denoiser:
+    """The denoiser of a Gaussian."""
+    return lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean)
+
+
+def two_gaussians(share: float, center: th.Tensor, std: float) -> Denoiser:
+    """Of mean ``-center`` (with this share) and ``center``, a vector."""
+
+    def denoise(x, sigma):
+        variance = std**2 + sigma**2
+        side = th.tanh((x @ center).unsqueeze(-1) / variance + math.atanh(1 - 2 * share))
+        return (sigma**2 * side * center + std**2 * x) / variance
+
+    return denoise
+
+
+def exact(energy: str) -> Denoiser:
+    return lambda x, sigma: denoise(energy, x, sigma)
+
+
+def even_latents(n: int) -> th.Tensor:
+    """Quantiles of the normal distribution, shape (n, 1): no sampling noise."""
+    return th.special.ndtri((th.arange(n, dtype=th.float64) + 0.5) / n).unsqueeze(1)
 
 
 def log_prob(energy: str, u: th.Tensor) -> th.Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import quadrature
 import torch as th
+from quadrature import even_latents, gaussian, two_gaussians
 
 from sb3_dqs.density import PathDensity, log_det_tanh, trace_steps
 from sb3_dqs.noise import NoiseLevels
@@ -16,13 +17,13 @@ MEAN, STD = 0.2, 0.3
 # name: (denoiser, log-density, entropy of one dimension), of unsquashed actions
 CASES = {
     "gaussian": (
-        lambda x, sigma: MEAN + STD**2 / (STD**2 + sigma**2) * (x - MEAN),
+        gaussian(MEAN, STD),
         lambda u: th.distributions.Normal(MEAN, STD).log_prob(u).sum(dim=-1),
         0.5 * math.log(2 * math.pi * math.e) + math.log(STD),
     ),
     **{
         energy: (
-            lambda x, sigma, energy=energy: quadrature.denoise(energy, x, sigma),
+            quadrature.exact(energy),
             lambda u, energy=energy: quadrature.log_prob(energy, u.double()),
             quadrature.entropy(energy),
         )
@@ -73,7 +74,7 @@ def test_traces_of_a_linear_denoiser(action_dim):
 def test_density_of_a_gaussian_with_one_trace(action_dim):
     """Above and below that level the integrals are known."""
     std, sigma, sigma_max, latents = 3.0, 2.0, 5.0, th.randn(5, action_dim)
-    density = PathDensity(lambda x, sigma: std**2 / (std**2 + sigma**2) * x, latents, [sigma_max, sigma])
+    density = PathDensity(gaussian(0.0, std), latents, [sigma_max, sigma])
     density(1, latents, sigma, density.denoise(latents, sigma))
     trace = action_dim * std**2 / (std**2 + sigma**2)
     expected = -(latents.pow(2).sum(dim=1) + action_dim * math.log(2 * math.pi)) / 2 - action_dim * math.log(sigma)
@@ -95,8 +96,7 @@ def test_density_of_many_steps_is_exact_at_every_action(case):
 def test_entropy_of_the_default_sampler(case, bound, action_dim):
     """Dimensions are independent and their latents quantiles of the normal distribution, so that nothing here is noisy."""
     denoise, _, entropy = CASES[case]
-    quantiles = th.special.ndtri((th.arange(200, dtype=th.float64) + 0.5) / 200)
-    latents = th.stack([quantiles[th.randperm(200)] for _ in range(action_dim)], dim=1)
+    latents = th.cat([even_latents(200)[th.randperm(200)] for _ in range(action_dim)], dim=1)
     density = PathDensity(denoise, latents, NOISE.sampling(8))
     dpm_solver_2m(denoise, NOISE.sampling(8)[0] * latents, NOISE.sampling(8), density)
     assert -density.log_density(latents).mean().item() == pytest.approx(action_dim * entropy, abs=action_dim * bound)
@@ -118,14 +118,8 @@ def test_density_of_given_actions(case, n_steps, bound):
 @pytest.mark.parametrize("action_dim", [2, 17])
 def test_entropy_of_two_modes_in_opposite_corners(action_dim):
     """Correlated and far apart: the noise of the traces averages out."""
-    position, std = 1.2, 0.1
-
-    def denoise(x, sigma):
-        variance = std**2 + sigma**2
-        weight = th.sigmoid(2 * position * x.sum(dim=-1, keepdim=True) / variance)  # of the mode at +position
-        return std**2 / variance * x + (2 * weight - 1) * position * sigma**2 / variance
-
-    _, log_density = draw(denoise, th.randn(2000, action_dim), 60)
+    std = 0.1
+    _, log_density = draw(two_gaussians(0.5, th.full((action_dim,), 1.2), std), th.randn(2000, action_dim), 60)
     entropy = math.log(2) + action_dim * (0.5 * math.log(2 * math.pi * math.e) + math.log(std))
     standard_error = log_density.std().item() / math.sqrt(len(log_density))
     # Below sigma_min a Gaussian's density is not quite smooth

@@ -12,19 +12,18 @@ OBS = {"image": th.arange(24, dtype=th.uint8).reshape(4, 2, 3), "vector": th.ara
 
 @pytest.mark.parametrize("rows", [slice(1, 3), th.tensor([3, 0])])
 def test_rows_of_tensors_and_of_dictionaries(rows):
-    assert th.equal(select(OBS["image"], rows), OBS["image"][rows])
     selected = select(OBS, rows)
-    assert selected.keys() == OBS.keys() and all(th.equal(selected[key], OBS[key][rows]) for key in OBS)
-    assert count(selected) == count(selected["image"]) == 2 and count(OBS) == 4
+    assert selected.keys() == OBS.keys() and count(OBS) == 4
+    for key, part in OBS.items():
+        assert th.equal(selected[key], part[rows]) and th.equal(select(part, rows), part[rows])
+    assert count(selected) == count(selected["image"]) == 2
 
 
 @pytest.mark.parametrize(
     ("space", "shape", "dtype"),
     [
-        (spaces.Box(1, 2, (3, 2), np.float32), (3, 2), th.float32),
         (spaces.Box(0, 255, (3, 8, 8), np.uint8), (3, 8, 8), th.uint8),
         (spaces.Discrete(5), (1,), th.int64),
-        (spaces.MultiDiscrete([2, 3]), (2,), th.int64),
         (spaces.MultiBinary(4), (4,), th.int8),
     ],
 )

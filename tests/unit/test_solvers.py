@@ -6,36 +6,13 @@ import numpy as np
 import pytest
 import quadrature
 import torch as th
+from quadrature import even_latents, exact, gaussian, two_gaussians
 
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.solvers import MAX_UNSQUASHED, dpm_solver_2m, find_mode, invert, mode_latent
 
 NOISE = NoiseLevels()
 SIGMAS = NOISE.sampling(8)
-
-
-def gaussian(mean, std):
-    return lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean)
-
-
-def two_gaussians(share, center, std):
-    """Of mean ``-center`` (with this share) and ``center``, a vector."""
-
-    def denoise(x, sigma):
-        variance = std**2 + sigma**2
-        side = th.tanh((x @ center).unsqueeze(-1) / variance + math.atanh(1 - 2 * share))
-        return (sigma**2 * side * center + std**2 * x) / variance
-
-    return denoise
-
-
-def exact(energy):
-    return lambda x, sigma: quadrature.denoise(energy, x, sigma)
-
-
-def even_latents(n):
-    """Quantiles of the normal distribution: no sampling noise."""
-    return th.special.ndtri((th.arange(n, dtype=th.float64) + 0.5) / n).unsqueeze(1)
 
 
 def solve(denoise, n_steps=8, n_samples=1000):

@@ -3,7 +3,6 @@ The commands of RL Zoo as a user types them, in an environment that holds the wh
 tree nor an editable installation is on the path. Its other packages are those of the environment that runs the tests.
 """
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -13,14 +12,13 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import optuna
 import pytest
 import yaml
 
+pytestmark = pytest.mark.xdist_group("commands")  # in one process, which makes the environment once
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BORROWED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
@@ -39,7 +37,7 @@ class Environment:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
+        self.python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
 
     def run(self, *arguments: object, cwd: Path) -> str:
         """Run Python, print what it prints, and return it; a failing command fails the test."""
@@ -53,7 +51,7 @@ class Environment:
         dropped = ("COV_", "PYTEST", "PYTHON", "SB3_DQS_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         env |= {"PYTHONPATH": str(HERE), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}
-        command = [str(self.bin / "python"), *map(str, arguments)]
+        command = [str(self.python), *map(str, arguments)]
         return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -66,58 +64,30 @@ def make_environment(folder: Path) -> Environment:
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """A folder of this run of the tests, the same for all its processes."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@contextlib.contextmanager
-def made_once(folder: Path) -> Iterator[Path | None]:
-    """
-    The folder to make, for the first of the processes that run the tests; None for the others, who wait for the first.
-    A folder whose making failed is made again.
-    """
-    done = folder.with_suffix(".done")
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if done.exists():
-            yield None
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            yield folder
-            done.touch()
-
-
-@pytest.fixture(scope="session")
-def wheel(shared_folder):
-    with made_once(shared_folder / "wheel") as folder:
-        if folder is not None:
-            build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
-            subprocess.run([sys.executable, *build], check=True)
-    (path,) = (shared_folder / "wheel").glob("*.whl")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    subprocess.run([sys.executable, *build], check=True)
+    (path,) = folder.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="session")
-def zoo(shared_folder, wheel):
+def zoo(wheel):
     """Environment with the wheel."""
-    with made_once(shared_folder / "zoo") as folder:
-        if folder is not None:
-            make_environment(folder).run(*PIP_INSTALL, wheel, cwd=shared_folder)
-    return Environment(shared_folder / "zoo")
+    environment = make_environment(wheel.parent / "zoo")
+    environment.run(*PIP_INSTALL, wheel, cwd=wheel.parent)
+    return environment
 
 
 @pytest.fixture(scope="session")
-def trained(shared_folder, zoo):
+def trained(tmp_path_factory, zoo):
     """Folder in which the main command has been run."""
-    with made_once(shared_folder / "trained") as folder:
-        if folder is not None:
-            folder.mkdir()
-            main = ["-m", "rl_zoo3.train", "--algo", "dqs", "--env", "Pendulum-v1", "-n", 200, "--eval-freq", 80]
-            options = ["--eval-episodes", 1, "--tensorboard-log", "tb", "-P", "--num-threads", 1, "--save-replay-buffer"]
-            output = zoo.run(*main, *options, cwd=folder)
-            (folder / "output.txt").write_text(output)
-    return shared_folder / "trained"
+    folder = tmp_path_factory.mktemp("trained")
+    main = ["-m", "rl_zoo3.train", "--algo", "dqs", "--env", "Pendulum-v1", "-n", 200, "--eval-freq", 80]
+    options = ["--eval-episodes", 1, "--tensorboard-log", "tb", "-P", "--num-threads", 1, "--save-replay-buffer"]
+    (folder / "output.txt").write_text(zoo.run(*main, *options, cwd=folder))
+    return folder
 
 
 RUN = Path("logs/dqs/Pendulum-v1_1")
