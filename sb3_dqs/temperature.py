@@ -118,11 +118,12 @@ class AutoTemperature(Temperature):
     :param error_update_rate: rate of the running mean of the error: a memory of 20 steps, not measured
     :param min_ratio: least temperature, in standard deviations of Q over uniform actions. Derived: a quadratic Q makes a policy
         of standard deviation ``0.6 * ratio**0.5`` of the box, so that here it is 0.002, which no environment tells from a point
-    :param max_ratio: largest temperature, likewise. Derived: here Q moves the log-density by a hundredth, so that the
-        policy is uniform, and a higher temperature cannot make it broader
+    :param max_ratio: the temperature does not rise above this, likewise. Derived: here Q moves the log-density by a hundredth,
+        so that the policy is uniform, and a higher temperature cannot make it broader
     """
 
     log_ent_coef: th.Tensor
+    log_max: th.Tensor
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class AutoTemperature(Temperature):
         self.target_entropy, self.action_dim = target_entropy, action_dim
         self.gain, self.max_rise = gain, max_rise
         self.register_buffer("log_ent_coef", th.tensor(math.log(initial)))
+        self.register_buffer("log_max", th.tensor(math.inf))
         self.mean_error = RunningMean(0.0, error_update_rate)
 
     def forward(self, progress_remaining: float) -> th.Tensor:
@@ -151,24 +153,26 @@ class AutoTemperature(Temperature):
         self.mean_error.update((entropy - self.target_entropy) / (self.action_dim / 2))
         gradient = (self.gain * self.mean_error.value).clamp(-self.max_rise, 1)
         loss = self.log_ent_coef * gradient
-        self.log_ent_coef -= learning_rate * gradient
+        highest = th.maximum(self.log_ent_coef, self.log_max)
+        self.log_ent_coef.copy_(th.minimum(self.log_ent_coef - learning_rate * gradient, highest))
         return loss
 
     @th.no_grad()
     def bound(self, q_spread: th.Tensor) -> None:
         if not q_spread > 0:  # a critic that does not depend on the action gives no scale
             return
-        low, high = (q_spread * self.min_ratio).log(), (q_spread * self.max_ratio).log()
-        bounded = self.log_ent_coef.clamp(low, high)
-        if bounded != self.log_ent_coef and not self.has_warned:
+        log_min = (q_spread * self.min_ratio).log()
+        self.log_max.copy_((q_spread * self.max_ratio).log())
+        is_highest = self.log_ent_coef >= self.log_max and self.mean_error.value < 0
+        if (self.log_ent_coef < log_min or is_highest) and not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                f"ent_coef={self.log_ent_coef.exp().item():.2g} is kept at {bounded.exp().item():.2g}: beyond, it changes nothing "
-                f"where Q varies by {q_spread.item():.2g} over the actions, and target_entropy={self.target_entropy:g} is out of "
-                "reach for the present critic. Choose a target_entropy nearer to the default, -d.",
+                f"ent_coef={self.log_ent_coef.exp().item():.2g} is at its bound: Q varies by {q_spread.item():.2g} over the "
+                f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it; choose a "
+                f"target_entropy nearer to the default, {-self.action_dim}.",
                 stacklevel=2,
             )
-        self.log_ent_coef.copy_(bounded)
+        self.log_ent_coef.clamp_(min=log_min)
 
 
 def make_temperature(

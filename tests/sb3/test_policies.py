@@ -97,7 +97,8 @@ class TestArchitecture:
 
     def test_buffers_are_of_floats_and_move_with_the_policy(self):
         policy = make_policy(use_sde=True, best_of_n_by_q=4)
-        assert all(tensor.is_floating_point() for tensor in policy.state_dict().values())
+        state = {name: tensor for name, tensor in policy.state_dict().items() if "num_batches_tracked" not in name}
+        assert all(tensor.is_floating_point() for tensor in state.values())
         assert all(tensor.device.type == "meta" for tensor in policy.to("meta").buffers())
         attributes = [value for module in policy.modules() for value in vars(module).values()]
         assert not any(isinstance(value, th.Tensor) for value in attributes)  # which would not move
@@ -182,8 +183,8 @@ class TestModulesOfUsers:
     @pytest.mark.parametrize("share", [False, True])
     def test_features_extractor(self, make_model, share):
         """It learns from the actor, and is in training mode where SAC's is; targets never are."""
-        kwargs = {"features_extractor_class": NormExtractor, "share_features_extractor": share}
-        model = make_model(policy_kwargs=kwargs, own_draws_freq=2).learn(30)
+        kwargs = {"features_extractor_class": NormExtractor, "share_features_extractor": share, "critic_class": "mlp"}
+        model = make_model(policy_kwargs=kwargs, own_draws_freq=2, policy_delay=1).learn(30)
         actors, critics, targets = (net.features_extractor for net in (model.actor, model.critic, model.critic_target))
         assert (critics is actors) == share and targets is not critics
         of_critics = {id(param) for group in model.critic.optimizer.param_groups for param in group["params"]}
@@ -193,10 +194,10 @@ class TestModulesOfUsers:
         assert not th.equal(before, actors.linear.weight)
         modes = [net.modes[n:] for net, n in zip((actors, critics, targets), n_modes, strict=True)]
         if share:
-            # The next observations, critic.loss, the observations of actions of its own, and energies: of candidates, of u
-            assert modes[0] == [True, True, True, False, False, True, True, False] * 2
+            # The next observations, critic.loss, those of actions of its own, and energies: of candidates, of u, their spread
+            assert modes[0] == [True, True, True, False, False, False, True, True, False] * 2
         else:
-            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, False, True, False] * 2
+            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, False, False, True, False] * 2
         assert modes[2] == [False] * 4
         model.predict(np.zeros(3, np.float32))
         assert not actors.modes[-1]

@@ -1,6 +1,7 @@
 """Fixed, scheduled and tuned temperatures."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -109,3 +110,50 @@ def test_tuned_temperature_keeps_the_entropy_of_a_growing_critic_at_its_target()
 def test_errors_name_the_value_and_the_choices(ent_coef):
     with pytest.raises(ValueError, match=r'ent_coef=.* is not a temperature: pass "auto"'):
         make_temperature(ent_coef)
+
+
+class TestBounds:
+    """A tuned temperature stays within the scale of Q."""
+
+    def make(self, initial: float) -> AutoTemperature:
+        return AutoTemperature(initial, target_entropy=-2.0, action_dim=2, min_ratio=0.01, max_ratio=10.0)
+
+    def test_is_lifted_to_the_least_and_says_so_once(self):
+        temperature = self.make(1e-9)
+        with pytest.warns(UserWarning, match="target_entropy=-2"):
+            temperature.bound(th.tensor(5.0))
+        assert temperature(1.0).item() == pytest.approx(0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(50):
+                temperature.update(th.tensor(1.0), 0.1)  # falls
+                temperature.bound(th.tensor(5.0))
+        assert temperature(1.0).item() == pytest.approx(0.05)
+
+    def test_rises_to_the_largest(self):
+        temperature = self.make(1.0)
+        temperature.bound(th.tensor(1.0))
+        for _ in range(200):
+            temperature.update(th.tensor(-9.0), 0.1)
+        assert temperature(1.0).item() == pytest.approx(10.0)
+        with pytest.warns(UserWarning, match="ent_coef=10 is at its bound"):
+            temperature.bound(th.tensor(1.0))
+
+    def test_one_that_begins_above_may_fall_but_not_rise(self):
+        """A new critic hardly depends on the action."""
+        temperature = self.make(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            temperature.bound(th.tensor(0.001))
+        assert temperature(1.0).item() == pytest.approx(1.0)
+        temperature.update(th.tensor(-9.0), 0.1)
+        assert temperature(1.0).item() == pytest.approx(1.0)
+        for _ in range(30):
+            temperature.update(th.tensor(5.0), 0.1)
+        assert temperature(1.0).item() < 0.9
+
+    @pytest.mark.parametrize("q_spread", [0.0, math.nan])
+    def test_no_scale_no_bound(self, q_spread):
+        temperature = self.make(1e-9)
+        temperature.bound(th.tensor(q_spread))
+        assert temperature(1.0).item() == pytest.approx(1e-9)
