@@ -173,7 +173,7 @@ ARGUMENT_CHECKS: dict[str, Argument] = {
     "policy": Argument(lambda v: isinstance(v, (str, type)), '"MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a class'),
     "env": Argument(_is_env, "an environment or its name"),
     "learning_rate": Argument(lambda v: callable(v) or _is_real(v, 0), LEARNING_RATE, _plain),
-    "buffer_size": Argument(lambda v: is_int(v, 1, 2**63 - 1), "an integer >= 1", operator.index),
+    "buffer_size": Argument(lambda v: is_int(v, 1, 2**40), "an integer from 1 to 2**40", operator.index),
     "learning_starts": _number("a number"),
     "batch_size": _integer(1),
     "tau": _number("a number from 0 to 1", 0, 1),
@@ -550,6 +550,8 @@ def _check_observation_space(observation_space: gym.Space) -> None:
                 f"{start} cannot be read by SB3; it must be a Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these "
                 "(gymnasium.wrappers.FlattenObservation makes a Box)."
             )
+        if isinstance(space, spaces.Box) and (space.shape == () or 0 in space.shape):
+            raise ValueError(f"{start} has shape {space.shape}, which SB3's replay buffers cannot hold; give it shape (1,).")
         if np.any(getattr(space, "start", 0) != 0):
             raise ValueError(
                 f"{start} does not count from 0, as SB3 does; subtract `start` in the environment, or with "
@@ -560,11 +562,9 @@ def _check_observation_space(observation_space: gym.Space) -> None:
 
 
 def _check_extractor_reads(observation_space: gym.Space) -> None:
-    """What SB3's features extractors cannot read; those of the user may."""
-    for name, space in _parts(observation_space).items():
-        if isinstance(space, spaces.Box) and (space.shape == () or 0 in space.shape):
-            raise ValueError(f"env: the observation space {observation_space} has shape {space.shape}; give it shape (1,).")
-        if isinstance(observation_space, spaces.Dict) and (name == "" or "." in name):
+    """What SB3's features extractor of dictionaries cannot read; one of the user may."""
+    for name in observation_space.spaces if isinstance(observation_space, spaces.Dict) else ():
+        if name == "" or "." in name:
             raise ValueError(
                 f"env: the observation space {observation_space} has the key {name!r}, which cannot be the name of a module "
                 "of torch; give it one without a dot."
