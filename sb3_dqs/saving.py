@@ -100,11 +100,12 @@ def check_model_file(path: str | Path | io.BufferedIOBase) -> None:
             if file is not path:
                 stack.enter_context(file)
             archive = stack.enter_context(zipfile.ZipFile(file))
-            missing = {"data", "policy.pth"} - set(archive.namelist())
-            torn = archive.testzip()
+            missing = {"data", "policy.pth"} - set(archive.namelist())  # a torn file may look like its last member
+            bad = archive.testzip()
+            problem = f"it has no {min(missing)}" if missing else f"{bad} does not have its checksum" if bad else ""
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"path={path}: the file is torn, or no saved model ({error}); load an earlier checkpoint.") from error
-    if torn is not None:
-        raise ValueError(f"path={path}: the file is torn ({torn} does not have its checksum); load an earlier checkpoint.")
-    if missing:
-        raise ValueError(f"path={path}: no model that save() wrote, it has no {min(missing)}; give the path of such a file.")
+        problem = str(error)
+    if problem:
+        raise ValueError(
+            f"path={path}: the file is torn, or no model that save() wrote: {problem}; load an earlier checkpoint."
+        )

@@ -161,6 +161,15 @@ def test_loader_that_cannot_be_wrapped_warns_and_breaks_nothing(hook, recorder, 
         assert importlib.import_module("rl_zoo3.utils").__name__ == "rl_zoo3.utils"
 
 
+def test_broken_registration_breaks_nothing_where_warnings_are_errors(hook, recorder, capsys):
+    recorder.error = KeyError("changed upstream")
+    hook.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importlib.import_module("rl_zoo3.utils").__name__ == "rl_zoo3.utils"
+    assert "SB3_DQS_NO_RL_ZOO=1" in capsys.readouterr().err
+
+
 def test_module_that_is_still_running_is_left_alone(hook, recorder):
     module = importlib.import_module("rl_zoo3.utils")
     module.__spec__._initializing = True
