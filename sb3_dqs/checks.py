@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
 
-from sb3_dqs.critics import Critic
+from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.denoiser_targets import DENOISER_TARGETS, DenoiserTarget
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MultiInputPolicy
@@ -33,6 +33,9 @@ from sb3_dqs.temperature import make_temperature
 
 BACKUPS = ("soft", "hard")
 DEFAULT_EXTRACTORS = {DQSPolicy: FlattenExtractor, CnnPolicy: NatureCNN, MultiInputPolicy: CombinedExtractor}
+# What the policy gives to its critics; `critic_kwargs` may replace it
+CRITIC_ARGUMENTS = ["observation_space", "action_space", "net_arch", "features_extractor", "features_dim", "activation_fn"]
+CRITIC_ARGUMENTS += ["normalize_images", "n_critics", "share_features_extractor"]
 # Larger integers do not fit into torch's sizes
 MAX_INT = 2**31 - 1
 
@@ -379,6 +382,9 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
         extractor_kwargs = policy_kwargs.get("features_extractor_kwargs") or {}
         names = "policy_kwargs: `features_extractor_class` and `features_extractor_kwargs`"
         check_call(names, extractor, [observation_space], {}, extractor_kwargs)
+    if policy_kwargs.get("critic_kwargs"):
+        names, critic = "policy_kwargs: `critic_class` and `critic_kwargs`", policy_kwargs.get("critic_class", MlpCritic)
+        check_call(names, critic, [], {}, dict.fromkeys(CRITIC_ARGUMENTS) | policy_kwargs["critic_kwargs"])
     optimizer_class = policy_kwargs.get("optimizer_class", th.optim.Adam)
     optimizer_kwargs = policy_kwargs.get("optimizer_kwargs") or {}
     check_call("policy_kwargs: `optimizer_class` and `optimizer_kwargs`", optimizer_class, [[]], {"lr": 0}, optimizer_kwargs)

@@ -233,7 +233,8 @@ class DQS(OffPolicyAlgorithm):
         check_policy(self.policy_class, self.policy_kwargs, self.observation_space)
         policy_kwargs = self.policy_kwargs
         # Again, because loading can change them
-        vars(self).update(check_arguments({name: value for name, value in vars(self).items() if name != "env"}))
+        arguments = {name: value for name, value in vars(self).items() if name not in ("env", "policy")}
+        vars(self).update(check_arguments(arguments))
         check_replay_buffer(vars(self), self.observation_space, self.action_space)
         check_action_noise(self.action_noise, self.action_space)  # type: ignore[arg-type]
         self.policy_kwargs = {**self.policy_kwargs, "use_sde": self.use_sde}
@@ -477,7 +478,7 @@ class DQS(OffPolicyAlgorithm):
         actions = super()._sample_action(learning_starts, action_noise, n_envs)
         if action_noise is not None:
             remedy = "It is NaN after the noise was added; mend `action_noise`"
-            check_finite("`action_noise`: the action", actions[0], self.num_timesteps, remedy)
+            check_finite("`action_noise`: the action", actions[1], self.num_timesteps, remedy)
         return actions
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -486,7 +487,7 @@ class DQS(OffPolicyAlgorithm):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        check_learning_rate(self.learning_rate, [self._current_progress_remaining])
+        check_learning_rate(self.lr_schedule, [self._current_progress_remaining])
         super()._update_learning_rate(optimizers)
 
     def save(

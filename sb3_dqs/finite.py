@@ -73,6 +73,12 @@ class FiniteStepCallback(BaseCallback):
         return True
 
     def check(self, what: str, value: Any) -> None:
+        """
+        Stop at the first number that is not finite.
+
+        :param what: what the value is, for the message
+        :param value: a number, an array or a dictionary of arrays
+        """
         remedy = "Fix the environment (gymnasium's check_env and SB3's VecCheckNan find the place)"
         if self.model.get_vec_normalize_env() is not None:
             remedy += (
@@ -82,8 +88,10 @@ class FiniteStepCallback(BaseCallback):
 
     def check_observation(self, what: str, obs: Any) -> None:
         """
+        Not finite is right where the features extractor takes NaN or infinity for missing values.
+
         :param what: what the observation is, for the message
-        :param obs: one, or a batch; not finite is right where the features extractor takes NaN or infinity for missing values
+        :param obs: one, or a batch
         """
         try:
             self.check(what, obs)
@@ -116,7 +124,7 @@ def find_not_finite(state: Any, parameters: Iterable[str] = (), name: str = "") 
 @th.no_grad()
 def check_parameters(policy: nn.Module, optimizers: Iterable[th.optim.Optimizer], num_timesteps: int) -> None:
     """
-    One norm over what the optimizers move: 0.4 % of a gradient step.
+    One norm over what the optimizers move: 0.7 % of a gradient step (0.15 of 22 ms on one core, with the default networks).
 
     :param policy: has the names
     :param optimizers: of its parts

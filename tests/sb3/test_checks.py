@@ -155,6 +155,7 @@ def test_unknown_policy_kwargs(name):
         ("replay_buffer_class", {"replay_buffer_class": HerReplayBuffer}),
         ("features_extractor_class", {"policy_kwargs": {"features_extractor_class": th.nn.Bilinear}}),
         ("features_extractor_kwargs", {"policy_kwargs": {"features_extractor_kwargs": {"cnn_output_dim": 8}}}),
+        ("critic_kwargs", {"policy_kwargs": {"critic_kwargs": {"n_quantiles": 25}}}),
         ("optimizer_kwargs", {"policy_kwargs": {"optimizer_kwargs": {"lr": 1e-3}}}),
         ("optimizer_kwargs", {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"betas": (0.9, 0.9)}}}),
         ("action_noise", {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
@@ -237,6 +238,22 @@ def test_learning_rate_on_its_way(make_model, value):
     with pytest.raises(ValueError, match="learning_rate: the function gave"):
         model.learn(60)
     assert find_not_finite(model.get_parameters()) is None
+
+
+def test_learning_rate_that_was_replaced(make_model):
+    model = make_model().learn(30)
+    model.lr_schedule = lambda progress: "slow"
+    with pytest.raises(ValueError, match="learning_rate: the function gave 'slow'"):
+        model.train(1, 16)
+
+
+def test_boxes_beyond_single_precision(make_model):
+    """In double precision they are boxes like others."""
+    env = MissingEnv(1.0)
+    env.action_space = spaces.Box(-1e100, 1e100, (1,), np.float64)
+    env = TransformReward(env, lambda reward: 0.0)
+    model = make_model(env=env, action_noise=NormalActionNoise(np.zeros(1), np.ones(1))).learn(30)
+    assert abs(model.predict(ZEROS[:2])[0]) > 1e90
 
 
 def test_schedules_end_at_zero_though_the_rollout_overshoots(make_model):
