@@ -116,7 +116,7 @@ class TestArchitecture:
         messages = [str(warning.message) for warning in caught]
         assert [sum(name in text for text in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
 
-    @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, np.inf])
+    @pytest.mark.parametrize("scale", [1e5, 1e20, 1e30, np.inf])
     def test_absurd_weights_give_finite_actions_or_none(self, scale):
         """Where the outputs are not finite, as in SAC, there is no action."""
         policy = make_policy()
