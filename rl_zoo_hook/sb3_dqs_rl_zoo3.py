@@ -82,12 +82,14 @@ class RegisteringFinder:
                 self.has_warned = True
                 import warnings
 
-                warnings.warn(
+                message = (
                     f"sb3-dqs could not add DQS to rl_zoo3 ({type(error).__name__}: {error}); other algorithms are not "
-                    f"affected. Set {OPT_OUT}=1 to silence this, or reinstall sb3-dqs.",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    f"affected. Set {OPT_OUT}=1 to silence this, or reinstall sb3-dqs."
                 )
+                try:
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                except RuntimeWarning:  # python -W error
+                    print(message, file=sys.stderr)
 
 
 FINDER = RegisteringFinder()

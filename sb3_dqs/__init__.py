@@ -1,14 +1,16 @@
 """Diffusion Q-Sampling (DQS) for Stable-Baselines3."""
 
 import contextlib
-from pathlib import Path
+from importlib import resources
 
 import sb3_dqs.envs  # noqa: F401  # registers the environment
 from sb3_dqs.diagnostics import Diagnosis, DiagnosticCallback, diagnose, plot_policy
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
-__version__ = Path(__file__).with_name("version.txt").read_text(encoding="utf-8").strip()
+__version__ = "unknown"  # where an application is packed without data files
+with contextlib.suppress(OSError):
+    __version__ = resources.files(__name__).joinpath("version.txt").read_text(encoding="utf-8").strip()
 
 __all__ = [
     "DQS",

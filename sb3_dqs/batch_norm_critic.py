@@ -1,10 +1,12 @@
 """Batch-normalised critic without a target network (CrossQ)."""
 
+import itertools
 from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
@@ -37,16 +39,17 @@ class BatchNormCritic(Critic):
     :param eps: added to the variances; CrossQ's value
     """
 
+    features_extractor: BaseFeaturesExtractor
     has_target: ClassVar[bool] = False
     # CrossQ's: without a target network, the long memory of Adam's default of 0.9 slows learning or makes it diverge
-    optimizer_kwargs: ClassVar[dict[str, Any]] = {"betas": (0.5, 0.999)}
+    adam_kwargs: ClassVar[dict[str, Any]] = {"betas": (0.5, 0.999)}
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
         net_arch: list[int],
-        features_extractor: nn.Module,
+        features_extractor: BaseFeaturesExtractor,
         features_dim: int,
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
@@ -58,7 +61,7 @@ class BatchNormCritic(Critic):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor=features_extractor,  # type: ignore[arg-type]
+            features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
         self.share_features_extractor = share_features_extractor
@@ -66,7 +69,7 @@ class BatchNormCritic(Critic):
         self.q_networks = nn.ModuleList()
         for _ in range(n_critics):
             layers: list[nn.Module] = []
-            for size, next_size in zip(sizes, sizes[1:], strict=False):
+            for size, next_size in itertools.pairwise(sizes):
                 layers += [nn.BatchNorm1d(size, eps, momentum), nn.Linear(size, next_size), activation_fn()]
             layers += [nn.BatchNorm1d(sizes[-1], eps, momentum), nn.Linear(sizes[-1], 1)]
             self.q_networks.append(nn.Sequential(*layers))

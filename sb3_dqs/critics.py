@@ -30,8 +30,8 @@ class Critic(BaseModel, ABC):
 
     # Whether it has a target network: without, ``DQS.critic_target`` is the critic itself
     has_target: ClassVar[bool] = True
-    # For Adam, where the user gives none
-    optimizer_kwargs: ClassVar[dict[str, Any]] = {}
+    # Arguments of Adam, where the user gives none
+    adam_kwargs: ClassVar[dict[str, Any]] = {}
     optimizer: th.optim.Optimizer
 
     @abstractmethod

@@ -1,14 +1,17 @@
 """Diffusion Q-Sampling: the algorithm."""
 
+import io
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -20,26 +23,28 @@ from torch import nn
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
 from sb3_dqs.checks import (
+    check_action_noise,
     check_arguments,
-    check_finite,
+    check_buffer_fits,
     check_learning_rate,
     check_policy,
+    check_replay_buffer,
     check_target_entropy,
     make_checked_env,
 )
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, make_denoiser_target
+from sb3_dqs.finite import LOAD_EARLIER, FiniteStepCallback, check_finite, check_parameters, find_not_finite
 from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
-from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode
+from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode, locked
+from sb3_dqs.saving import atomic, check_model_file
 from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
 
-def td_targets(
-    rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor
-) -> th.Tensor:
+def td_targets(rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor) -> th.Tensor:
     """
     Targets of the critics.
 
@@ -59,7 +64,8 @@ class DQS(OffPolicyAlgorithm):
     ``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)``, drawn from by a diffusion sampler: it keeps every good action.
     Paper: https://arxiv.org/abs/2410.01312 (Jain, Akhound-Sadegh, Ravanbakhsh, RLC 2025)
 
-    The arguments are those of SB3's ``SAC``, in its order; those of DQS follow as keywords. ``learning_rate`` is that of CrossQ.
+    The arguments are those of SB3's ``SAC``, in its order; those of DQS follow as keywords.
+    The default ``learning_rate`` is CrossQ's.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -186,8 +192,7 @@ class DQS(OffPolicyAlgorithm):
         augmentation: nn.Module | None = None,
         compile: bool = False,
     ):
-        check_arguments(locals())
-        check_learning_rate(learning_rate)
+        stats_window_size = check_arguments(locals())["stats_window_size"]
         if env is None and _init_setup_model:
             raise ValueError("`env` must be an environment or its name, got None.")
         super().__init__(
@@ -241,9 +246,17 @@ class DQS(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_policy(self.policy_class, self.policy_kwargs, self.observation_space)
-        check_arguments(vars(self))  # again, because loading can change them
-        policy_kwargs, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "use_sde": self.use_sde}
-        super()._setup_model()
+        policy_kwargs = self.policy_kwargs
+        # Again, because loading can change them
+        arguments = {name: value for name, value in vars(self).items() if name not in ("env", "policy")}
+        vars(self).update(check_arguments(arguments))
+        check_replay_buffer(vars(self), self.observation_space, self.action_space)
+        check_action_noise(self.action_noise, self.action_space)  # type: ignore[arg-type]
+        self.policy_kwargs = {**self.policy_kwargs, "use_sde": self.use_sde}
+        try:
+            super()._setup_model()
+        except MemoryError as error:
+            raise ValueError(f"`buffer_size` must fit into memory, got {self.buffer_size}: {error}.") from error
         self.policy_kwargs = policy_kwargs
         self._create_aliases()
         # Running mean and running var
@@ -273,6 +286,7 @@ class DQS(OffPolicyAlgorithm):
         if self.compile:
             fast.compile_sampler(self.actor)
 
+    @locked
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -348,8 +362,9 @@ class DQS(OffPolicyAlgorithm):
             # One transfer from a GPU
             means = th.stack([th.stack(values).mean().to(self.device) for values in logs.values()]).tolist()
             for name, mean in zip(logs, means, strict=True):
-                check_finite(f"train/{name}", mean, self.num_timesteps)
+                check_finite(f"train/{name}", mean, self.num_timesteps, f"To go on, {LOAD_EARLIER}")
                 self.logger.record(f"train/{name}", mean)
+        check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps)
 
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
         """
@@ -475,26 +490,112 @@ class DQS(OffPolicyAlgorithm):
         )
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(*args, **kwargs)
-        check_finite("the first observation", self._last_obs, self.num_timesteps)
-        return result
+        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        checks = FiniteStepCallback()
+        checks.model = self
+        checks.check_observation("the first observation", self._last_obs)
+        return total_timesteps, callback
 
-    def _store_transition(
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if isinstance(callback, list):
+            callback = CallbackList(callback)
+        elif not isinstance(callback, BaseCallback):
+            callback = ConvertCallback(callback)
+        return super()._init_callback([FiniteStepCallback(), callback], progress_bar)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        actions = super()._sample_action(learning_starts, action_noise, n_envs)
+        if action_noise is not None:
+            remedy = "It is NaN after the noise was added; mend `action_noise`"
+            check_finite("`action_noise`: the action", actions[1], self.num_timesteps, remedy)
+        return actions
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may overshoot: schedules are functions from 1 to 0
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        check_learning_rate(self.lr_schedule, [self._current_progress_remaining])
+        super()._update_learning_rate(optimizers)
+
+    def save(
         self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
     ) -> None:
-        # One bad number in the buffer would make the weights NaN many steps later
-        check_finite("the observation", new_obs, self.num_timesteps)
-        for info in infos:
-            if "terminal_observation" in info:
-                check_finite("the terminal observation", info["terminal_observation"], self.num_timesteps)
-        check_finite("the reward", reward, self.num_timesteps)
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. The file is whole at any moment: the old
+        one, or the new one.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        :raises ValueError: if the model is spoilt: a parameter is not finite
+        """
+        self._check_state(self.get_parameters(), f"save(path={path}): nothing is written")
+        with atomic(path, "zip") as file:
+            super().save(file, exclude, include)
+
+    def save_replay_buffer(self, path: str | Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file, which is whole at any moment: the old one, or the new one.
+
+        :param path: Path to the file where the replay buffer should be saved.
+            if path is a str or pathlib.Path, the path is automatically created if necessary.
+        """
+        with atomic(path, "pkl") as file:
+            super().save_replay_buffer(file)
+
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file, which executes what the file says: load files that you trust.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling:
+            If set to ``True``, we assume that the last trajectory in the replay buffer was finished
+            (and truncate it).
+            If set to ``False``, we assume that we continue the same trajectory (same episode).
+        :raises ValueError: if the file is torn, or holds no replay buffer for these spaces; the present buffer stays
+        """
+        present = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            check_buffer_fits(self.replay_buffer, self.observation_space, self.action_space)
+        except OSError:
+            raise
+        except Exception as error:
+            self.replay_buffer = present
+            raise ValueError(
+                f"path={path}: the file is torn, or no replay buffer of this environment ({type(error).__name__}: {error}); "
+                "give the path of a file that save_replay_buffer() wrote."
+            ) from error
+
+    @classmethod
+    def load(cls: type[SelfDQS], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfDQS:
+        """
+        As SB3's: see there for the arguments. It executes what the file says: load files that you trust.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :return: new model instance with loaded parameters
+        :raises ValueError: if the file is torn, is no saved model, or holds parameters that are not finite
+        """
+        check_model_file(path)
+        try:
+            return super().load(path, *args, **kwargs)
+        except KeyError as error:
+            # SB3 takes any ValueError for the sign of an old DQN, and then misses the optimizer of DQN
+            if isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
+
+    def _check_state(self, state: dict[str, Any], start: str) -> None:
+        name = find_not_finite(state, {name for name, _ in self.policy.named_parameters()})
+        if name is not None:
+            raise ValueError(f"{start}, because {name} is not finite; {LOAD_EARLIER}.")
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -507,11 +608,14 @@ class DQS(OffPolicyAlgorithm):
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
             parameters, otherwise raises an Exception
         :param device: device on which the code should run
+        :raises ValueError: if a parameter is not finite, or the file is torn
         """
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)
         else:
+            check_model_file(load_path_or_dict)
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        self._check_state(params, "set_parameters(): nothing is changed")
         for name in ("temperature", "target_estimator"):
             own = getattr(self, name).state_dict()
             if name in params and own.keys().isdisjoint(params[name]):

@@ -236,16 +236,20 @@ def update_target(parameters: Iterable[th.Tensor], target_parameters: Iterable[t
         th._foreach_lerp_(target_parameters, parameters, tau)
 
 
-def optimizer_kwargs(optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any]) -> dict[str, Any]:
+def optimizer_kwargs(
+    optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], parameters: Iterable[th.Tensor] = ()
+) -> dict[str, Any]:
     """
     Adam fused, unless the user chose an implementation: the same steps up to rounding, in a third of the time.
 
     :param optimizer_class: class of the optimizer
     :param kwargs: the user's arguments for it
+    :param parameters: what it moves; complex numbers cannot be fused
     :return: arguments
     """
     is_chosen = bool({"foreach", "fused", "differentiable"} & set(kwargs))
-    return kwargs if optimizer_class is not th.optim.Adam or is_chosen else {"fused": True, **kwargs}
+    can_fuse = all(param.is_floating_point() and param.device.type in ("cpu", "cuda") for param in parameters)
+    return {"fused": True, **kwargs} if optimizer_class is th.optim.Adam and can_fuse and not is_chosen else kwargs
 
 
 @functools.cache

@@ -2,9 +2,14 @@
 
 import contextlib
 import copy
+import functools
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -25,13 +30,58 @@ from sb3_dqs import fast
 from sb3_dqs.actor import Actor
 from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic, MlpCritic
+from sb3_dqs.finite import LOAD_EARLIER, is_finite
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.observations import zero_observations
+from sb3_dqs.saving import atomic
 from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
 
 CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
 # Arguments of the policy that go to the actor as they are
 ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _Lock:
+    """One thread at a time; a copy is another lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["_Lock"], tuple[()]]:
+        return _Lock, ()
+
+
+def locked(method: Method) -> Method:
+    """
+    For methods that set the training mode: another thread that predicts waits until ``train()`` is over.
+
+    :param method: of a policy, or of an algorithm that has one
+    """
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with getattr(self, "policy", self).lock:
+            return method(self, *args, **kwargs)
+
+    return alone  # type: ignore[return-value]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warn once per process, at the line of the user."""
+    packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("sb3_dqs", "stable_baselines3"))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class DQSPolicy(BasePolicy):
@@ -115,11 +165,12 @@ class DQSPolicy(BasePolicy):
         )
         for name, value in {"log_std_init": log_std_init, "use_expln": use_expln, "clip_mean": clip_mean}.items():
             if value is not None:
-                warnings.warn(
+                _warn_once(
                     f"policy_kwargs: `{name}={value}` is ignored, it shapes SAC's Gaussian and DQS has none; "
-                    "remove it to silence this warning.",
-                    stacklevel=2,
+                    "remove it to silence this warning."
                 )
+
+        self.lock = _Lock()
 
         if net_arch is None:
             net_arch = [256, 256]
@@ -161,17 +212,8 @@ class DQSPolicy(BasePolicy):
             self.register_buffer("latent_bank", th.special.ndtri(uniforms.clamp(1e-4, 1 - 1e-4)), persistent=False)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        optimizer_kwargs = dict(self.optimizer_kwargs)
-        if issubclass(self.optimizer_class, (th.optim.Adam, th.optim.AdamW)):
-            optimizer_kwargs = {**self.critic_class.optimizer_kwargs, **optimizer_kwargs}
-        optimizer_kwargs = fast.optimizer_kwargs(self.optimizer_class, optimizer_kwargs)
-
         self.actor = self.make_actor()
-        self.actor.optimizer = self.optimizer_class(
-            self.actor.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **optimizer_kwargs,
-        )
+        self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         if self.share_features_extractor:
             self.critic = self.make_critic(features_extractor=self.actor.features_extractor)
@@ -193,11 +235,15 @@ class DQSPolicy(BasePolicy):
         else:
             self.critic_target = self.critic
 
-        self.critic.optimizer = self.optimizer_class(
-            critic_parameters,
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **optimizer_kwargs,
-        )
+        self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        parameters = list(parameters)
+        kwargs = dict(self.optimizer_kwargs)
+        if issubclass(self.optimizer_class, (th.optim.Adam, th.optim.AdamW)):
+            kwargs = {**self.critic_class.adam_kwargs, **kwargs}
+        kwargs = fast.optimizer_kwargs(self.optimizer_class, kwargs, parameters)
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _check_critic(self) -> None:
         """
@@ -284,6 +330,7 @@ class DQSPolicy(BasePolicy):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
+    @locked
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
@@ -292,32 +339,61 @@ class DQSPolicy(BasePolicy):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        As SB3's, and checks the observation, because the sampler returns finite actions even for NaN.
+        As SB3's, and checks that observation and action are finite.
 
         :param observation: the input observation
         :param state: not used
         :param episode_start: not used
         :param deterministic: Whether or not to return deterministic actions
         :return: the action in the action space, and ``state``
-        :raises ValueError: if the observation is not finite
+        :raises ValueError: if the observation is not finite, unless the features extractor makes finite features of it (NaN
+            as a missing value), and if the action is not
         """
         parts = observation.values() if isinstance(observation, dict) else [observation]
         for part in () if isinstance(observation, tuple) else parts:  # SB3 explains what is wrong with a tuple
-            if not np.isfinite(part).all():
+            if not is_finite(part) and not self.has_finite_features(observation):
                 raise ValueError(
                     f"observation={part} is not finite; check the environment, or what prepares its observations."
                 )
-        return super().predict(observation, state, episode_start, deterministic)
+        actions, state = super().predict(observation, state, episode_start, deterministic)
+        if not np.isfinite(actions).all():
+            raise ValueError(
+                f"policy: the action {actions} is not finite, because its weights or outputs are not; {LOAD_EARLIER}."
+            )
+        return actions, state
+
+    @th.no_grad()
+    def has_finite_features(self, observation: np.ndarray | dict[str, np.ndarray]) -> bool:
+        """
+        Whether the features extractor takes NaN or infinity in this observation for a missing value.
+
+        :param observation: the input observation
+        :return: True if the features are finite
+        """
+        self.set_training_mode(False)
+        obs, _ = self.obs_to_tensor(observation)
+        return bool(self.actor.extract_features(obs, self.actor.features_extractor).isfinite().all())
+
+    def save(self, path: str) -> None:
+        """
+        Save model to a given location. The file is whole at any moment: the old one, or the new one.
+
+        :param path:
+        """
+        with atomic(path, "") as file:
+            super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if deterministic and self.best_of_n_by_q is not None:
             embedding = self.actor.embed(observation)
             u = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
             actions = th.tanh(u)
-            best = self.critic.energy(observation)(actions).argmax(dim=1)
-            return actions.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, actions.shape[2])).squeeze(1)
+            values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
+            action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
+            return action + 0 * values  # NaN where the values are not finite
         return self.actor(observation, deterministic)
 
+    @locked
     @th.no_grad()
     def log_prob(self, obs: PyTorchObs, actions: th.Tensor, n_probes: int = 16) -> th.Tensor:
         """
@@ -345,6 +421,7 @@ class DQSPolicy(BasePolicy):
         repeated = u.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED).unsqueeze(1).expand(-1, n_probes, -1)
         return self.actor.log_prob(embedding.unsqueeze(1), repeated).mean(dim=1)
 
+    @locked
     @th.no_grad()
     def entropy(self, obs: PyTorchObs, n_actions: int = 64) -> th.Tensor:
         """

@@ -32,13 +32,13 @@ def dpm_solver_2m(denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback
     :param x: noise, ``sigmas[0]`` times standard normal numbers, shape (..., action_dim)
     :param sigmas: noise levels, falling, at least 2
     :param callback: called at every level
-    :return: unsquashed actions of the shape of x, within ``MAX_UNSQUASHED``; finite even where the denoiser is not
+    :return: unsquashed actions of the shape of x, within ``MAX_UNSQUASHED``; NaN where the denoiser is not finite
     """
     denoised, previous_denoised = _descend(denoise, x, sigmas, callback)
     # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
     # are close to each other it would amplify the errors of the denoiser, hence at most 1
     weight = min(1 / ((sigmas[-2] / sigmas[-1]) ** 2 - 1), 1)
-    return _bounded(denoised.lerp(previous_denoised, -weight).nan_to_num())
+    return _bounded(denoised.lerp(previous_denoised, -weight))
 
 
 def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: float = 0.25, n_shifts: int = 5) -> th.Tensor:
@@ -54,7 +54,7 @@ def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: 
     :param sigma_mode: width of the kernel: finer structure is averaged. A level of the solver that is less than a tenth below
         is taken instead
     :param n_shifts: number of mean shifts
-    :return: unsquashed actions of the shape of x; finite even where the denoiser is not
+    :return: unsquashed actions of the shape of x; NaN where the denoiser is not finite
     """
     levels = [sigma for sigma in sigmas if sigma > sigma_mode]
     # The level of the solver that is next, where it is near: it costs less
@@ -63,7 +63,7 @@ def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: 
     mode, _ = _descend(denoise, x, [*levels, last])
     for _ in range(n_shifts):
         mode = _bounded(denoise(mode, last))
-    return mode.nan_to_num()
+    return mode
 
 
 def mode_latent(action_dim: int, length: float = 0.1) -> th.Tensor:
@@ -133,4 +133,4 @@ def _descend(
 
 
 def _bounded(u: th.Tensor) -> th.Tensor:
-    return u.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED)
+    return u.clamp(-MAX_UNSQUASHED, MAX_UNSQUASHED).add(u, alpha=0)  # infinity becomes NaN

@@ -37,7 +37,7 @@ class Temperature(nn.Module):
         """
         return None
 
-    def bound(self, q_spread: th.Tensor) -> None:  # noqa: B027
+    def bound(self, q_spread: th.Tensor) -> None:
         """
         Called whenever the actor draws actions of its own; does nothing unless overridden.
 
@@ -116,9 +116,9 @@ class AutoTemperature(Temperature):
         -6.2, -6.2, -6.3 after 30,000 steps (target -6)
     :param max_rise: largest step upwards, in learning rates. With 1 the entropy fell to -8.3, -6.9, -7.1 there
     :param error_update_rate: rate of the running mean of the error: a memory of 20 steps, not measured
-    :param min_ratio: least temperature, in standard deviations of Q over uniform actions. Derived: a quadratic Q makes a policy
-        of standard deviation ``0.6 * ratio**0.5`` of the box, so that here it is 0.002, which no environment tells from a point
-    :param max_ratio: the temperature does not rise above this, likewise. Derived: here Q moves the log-density by a hundredth,
+    :param min_ratio: least temperature, in standard deviations of Q over uniform actions. Derived: with a quadratic Q the
+        policy has a standard deviation of ``0.6 * ratio**0.5``, here 0.002 of a box of width 2, nearly a point
+    :param max_ratio: the temperature does not rise above this, likewise. Derived: Q moves the log-density by a hundredth,
         so that the policy is uniform, and a higher temperature cannot make it broader
     """
 

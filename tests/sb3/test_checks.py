@@ -1,5 +1,12 @@
 """Bad input gives one clear error that names the argument, the value and the remedy; nothing is half-built."""
 
+import functools
+import inspect
+import types
+import warnings
+from fractions import Fraction
+
+import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,86 +14,120 @@ import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3 import SAC
-from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.envs import IdentityEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from toys import RandomEnv
 
-from sb3_dqs import DQS, CnnPolicy, MlpPolicy
-from sb3_dqs.checks import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_arguments, check_finite, check_policy
+from sb3_dqs import DQS, CnnPolicy, MlpPolicy, policies
+from sb3_dqs.checks import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_arguments, check_policy
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import PosteriorMean
+from sb3_dqs.finite import check_finite
 
 NAN, INF = float("nan"), float("inf")
-BAD_COUNTS, BAD_SHARES = [0, -1, 1.5, None], [0, -0.5, 1.5, NAN, "all", None]
+BIG = 10**400  # not a float
 # argument: bad values
 BAD_ARGUMENTS = {
-    "learning_rate": [-1e-3, NAN, INF, "fast", None, True],
-    "buffer_size": [*BAD_COUNTS, 1e6, "big"],
-    "learning_starts": [-1, NAN, "soon"],
-    "batch_size": BAD_COUNTS,
-    "tau": [-0.1, 1.1, NAN, "0.005", None],
-    "gamma": [-0.1, 1.1, NAN, INF],
+    "policy": [3, None, ["MlpPolicy"]],
+    "env": [3, abs, ["Pendulum-v1"]],
+    "learning_rate": [-1e-3, NAN, INF, "fast", None, True, BIG, Fraction(-1, 3), np.array([1e-3, 1e-4])],
+    "buffer_size": [0, -1, 1.5, 1e6, "big", None, 2**63],
+    "learning_starts": [NAN, "soon", BIG],
+    "batch_size": [0, -256, 2.5, None, BIG, np.float32(8)],
+    "tau": [-0.1, 1.1, NAN, "0.005", None, BIG, th.tensor([0.1, 0.2])],
+    "gamma": [-0.1, 1.1, NAN, INF, np.float64(1.5), np.bool_(True)],
     "gradient_steps": [-2, 0.5, None],
-    "n_steps": BAD_COUNTS,
-    "target_update_interval": BAD_COUNTS,
-    "target_entropy": ["automatic", NAN, None],
-    "sde_sample_freq": [0, -2, 1.5],
-    "n_mc_samples": [1, 0, -8, 8.0, "8"],
-    "own_share": BAD_SHARES,
-    "own_draws_freq": BAD_COUNTS,
-    "n_draws": BAD_COUNTS,
-    "next_share": BAD_SHARES,
-    "n_copies": BAD_COUNTS,
-    "policy_delay": BAD_COUNTS,
+    "n_steps": [0, -1, 1.5],
+    "target_update_interval": [0, -1, 0.5],
+    "target_entropy": ["automatic", NAN, None, -BIG, 1j],
+    "sde_sample_freq": [1.5, None, "often"],
+    "n_mc_samples": [1, 0, -8, 8.0, "8", 2**40],
+    "own_share": [0, -0.5, 1.5, NAN, "all", None],
+    "own_draws_freq": [0, -1, 8.0, None],
+    "n_draws": [0, -1, 4.0, None],
+    "next_share": [0, -0.5, 1.5, NAN, "all", None],
+    "n_copies": [0, -1, 2.0, None],
+    "policy_delay": [0, -1, 0.5, None],
     "denoiser_target": ["gradient", None, 1, PosteriorMean],
     "augmentation": ["shift", abs, th.nn.ReLU],
-    "replay_buffer_class": ["HerReplayBuffer", 1],
+    "replay_buffer_class": ["HerReplayBuffer", 1, list, DictRolloutBuffer],
+    "replay_buffer_kwargs": [[1], "n_sampled_goal=4"],
+    "optimize_memory_usage": [1, "yes", None],
+    "stats_window_size": [2.5, -3, "all"],
+    "tensorboard_log": [5, ["logs"]],
+    "verbose": ["loud", None, 0.5],
+    "seed": [-7, 1.0, "random", 2**32],
+    "device": ["quantum", None, 1.5],
     "backup": ["semi", None, True],
     "compile": ["yes", 1, None],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
     "action_noise": [0.1, "normal"],
     "use_sde": ["no", 1, None],
     "use_sde_at_warmup": ["no", None],
-    "train_freq": [*BAD_COUNTS, (0, "step"), (1, "minute"), (1,)],
+    "train_freq": [0, -1, 1.5, None, (0, "step"), (1, "minute"), (1,)],
     "ent_coef": [0, -0.1, NAN, "automatic", None, True],
+    "_init_setup_model": ["yes", 1],
 }
 BAD_POLICY_KWARGS = {
-    "net_arch": [[0], [-64], [1.5], 64, "64", {"pi": [64]}, {"pi": [64], "vf": [64]}],
+    "net_arch": [
+        [0], [-64], [1.5], 64, "64", {"pi": [64]}, {"pi": [64], "vf": [64]}, {"pi": None, "qf": [8]},
+        {"pi": {"pi": [8], "qf": [8]}, "qf": [8]},
+    ],
     "critic_class": ["twin", None, ContinuousCritic, Critic],
     "critic_kwargs": [[1], "n_critics=2"],
-    "diffusion_steps": [2, 0, -8, 8.5, None],
+    "diffusion_steps": [2, 0, -8, 8.5, None, np.array([8, 8])],
     "noise": [0.1, {"sigma_min": 0.1}],
     "solver": ["euler", None],
-    "n_frequencies": BAD_COUNTS,
-    "n_critics": BAD_COUNTS,
+    "n_frequencies": [0, 1.5, None],
+    "n_critics": [0, -1, 1.5],
     "best_of_n_by_q": ["yes", True, 0, 1.5],
     "share_features_extractor": ["no"],
-    "activation_fn": ["relu", None],
-}
-OBS, ACTIONS = spaces.Box(-1, 1, (2,), np.float32), spaces.Box(-1, 1, (1,), np.float32)
+    "normalize_images": ["no", 1],
+    "use_sde": ["no", 1],
+    "activation_fn": ["relu", None, th.nn.Conv1d, th.nn.Module, functools.partial(th.nn.Linear, 3), lambda: None],
+    "features_extractor_class": ["NatureCNN", None],
+    "features_extractor_kwargs": [[1], 4],
+    "optimizer_class": ["adamw", None, th.nn.ReLU, th.optim.LBFGS],
+    "optimizer_kwargs": [[1e-5], "eps"],
+}  # fmt: skip
+# Those that the policy ignores, with a warning
+IGNORED_POLICY_KWARGS = {"log_std_init", "use_expln", "clip_mean"}
+UNKNOWN_POLICY_KWARGS = {"net_arc": [64, 64], "ortho_init": True, "squash_output": True, "features_extractor": None}
 
 
 def cases(table: dict) -> list[tuple]:
     return [(name, value) for name, values in table.items() for value in values]
 
 
-def test_the_tables_are_complete():
-    assert set(ARGUMENT_CHECKS) | {"ent_coef"} == set(BAD_ARGUMENTS)
-    assert set(POLICY_KWARGS_CHECKS) == set(BAD_POLICY_KWARGS)
+def test_every_argument_has_one_entry():
+    def arguments(cls):
+        return set(inspect.signature(cls).parameters)
+
+    assert arguments(DQS) == set(ARGUMENT_CHECKS) == set(BAD_ARGUMENTS)
+    given_by_dqs = {"observation_space", "action_space", "lr_schedule"}
+    assert arguments(MlpPolicy) - given_by_dqs == set(POLICY_KWARGS_CHECKS) == set(BAD_POLICY_KWARGS) | IGNORED_POLICY_KWARGS
 
 
 @pytest.mark.parametrize(("name", "value"), cases(BAD_ARGUMENTS))
 def test_bad_arguments(name, value, monkeypatch):
     monkeypatch.setattr(gym, "make", lambda *args, **kwargs: pytest.fail("work started before the check"))
     with pytest.raises(ValueError) as error:
-        DQS("MlpPolicy", "Pendulum-v1", **{name: value})
+        DQS(**{"policy": "MlpPolicy", "env": "Pendulum-v1", name: value})
     message = str(error.value)
     if name == "ent_coef":
         assert message.startswith(f"ent_coef={value!r} is not a temperature: pass ")
     else:
-        assert message.startswith(f"`{name}` must be ") and message.endswith(f", got {value!r}.")
+        assert message.startswith(f"`{name}` must be ") and message.endswith((f", got {value!r}.", f"{str(value)[:400]}..."))
+
+
+@pytest.mark.parametrize("name", ["tau", "buffer_size", "ent_coef"])
+def test_numbers_of_more_digits_than_python_writes(name):
+    with pytest.raises(ValueError, match=f"{name}.*an integer of 33220 bits"):
+        DQS("MlpPolicy", "Pendulum-v1", **{name: 10**10000})
 
 
 @pytest.mark.parametrize(("name", "value"), cases(BAD_POLICY_KWARGS))
@@ -102,6 +143,101 @@ def test_unknown_policy_kwargs(name):
     with pytest.raises(ValueError, match=r"is not an argument of DQSPolicy; known are .*diffusion_steps.*net_arch") as error:
         DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={name: True})
     assert str(error.value).startswith(f"policy_kwargs: {name}=True ") and "use_sde" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "kwargs"),
+    [
+        ("replay_buffer_kwargs", {"replay_buffer_kwargs": {"alpha": 0.6}}),
+        ("replay_buffer_kwargs", {"replay_buffer_kwargs": {"n_envs": 2}}),
+        ("replay_buffer_class", {"replay_buffer_class": HerReplayBuffer}),
+        ("features_extractor_class", {"policy_kwargs": {"features_extractor_class": th.nn.Bilinear}}),
+        ("features_extractor_kwargs", {"policy_kwargs": {"features_extractor_kwargs": {"cnn_output_dim": 8}}}),
+        ("critic_kwargs", {"policy_kwargs": {"critic_kwargs": {"n_quantiles": 25}}}),
+        ("optimizer_kwargs", {"policy_kwargs": {"optimizer_kwargs": {"lr": 1e-3}}}),
+        ("optimizer_kwargs", {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"betas": (0.9, 0.9)}}}),
+        ("action_noise", {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}),
+        ("action_noise", {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), np.full(1, NAN))}),
+        ("ent_coef", {"ent_coef": lambda: 0.1}),
+        ("ent_coef", {"ent_coef": lambda progress: [progress]}),
+        ("learning_rate", {"learning_rate": lambda a, b: 1e-3}),
+        ("buffer_size", {"buffer_size": 2**40}),
+    ],
+)
+def test_arguments_that_do_not_go_together(names, kwargs):
+    with pytest.raises(ValueError, match=names):
+        DQS("MlpPolicy", "Pendulum-v1", device="cpu", **{"buffer_size": 10} | kwargs)
+
+
+OBS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+class PairEnv(RandomEnv):
+    """Observations of two parts."""
+
+    def __init__(self):
+        super().__init__(spaces.Dict({"a": OBS, "b": OBS}), spaces.Box(-1, 1, (1,), np.float32))
+
+
+@pytest.mark.parametrize("name", ["n_steps", "optimize_memory_usage"])
+def test_replay_buffers_of_dictionaries(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be "):
+        DQS("MultiInputPolicy", PairEnv(), buffer_size=10, **{name: 3 if name == "n_steps" else True})
+
+
+class OwnOption(MlpPolicy):
+    """Takes an option of its own out of its keywords."""
+
+    def __init__(self, *args, **kwargs):
+        self.size = kwargs.pop("size", 0)
+        super().__init__(*args, **kwargs)
+
+
+class OwnSignature(MlpPolicy):
+    """Takes what it must."""
+
+    def __init__(self, obs_space, act_space, schedule, use_sde=False):
+        super().__init__(obs_space, act_space, schedule, net_arch=[4], use_sde=use_sde)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"policy_kwargs": {"net_arch": (8, 4)}},
+        {"policy_kwargs": {"net_arch": {"pi": (np.int32(8),), "qf": (4,), "critic": "none"}}},
+        {"policy_kwargs": {"activation_fn": functools.partial(th.nn.Softmax, dim=1), "net_arch": [8]}},
+        {"policy_kwargs": {"activation_fn": lambda: th.nn.Sequential(th.nn.LayerNorm(8), th.nn.CELU()), "net_arch": [8]}},
+        {"policy_kwargs": types.MappingProxyType({"net_arch": [8]})},
+        {"policy_kwargs": {"optimizer_class": functools.partial(th.optim.AdamW, eps=1e-5), "net_arch": [8]}},
+        {"policy": OwnOption, "policy_kwargs": {"size": 3, "net_arch": [8]}},
+        {"policy": OwnSignature},
+        {"seed": np.int64(3), "verbose": False, "stats_window_size": np.int64(5)},
+        {"stats_window_size": None, "tensorboard_log": None, "learning_starts": -5, "sde_sample_freq": 0, "use_sde": np.True_},
+        {"tau": Fraction(1, 3), "gamma": th.tensor(0.9), "learning_rate": np.array(1e-3), "target_entropy": th.tensor(-2.0)},
+        {
+            "ent_coef": Fraction(1, 3),
+            "n_mc_samples": np.uint8(3),
+            "train_freq": (np.int64(2), "step"),
+            "own_share": Fraction(1, 2),
+        },
+        {"n_draws": th.tensor(2), "policy_delay": np.array(2), "backup": "hard", "use_sde_at_warmup": np.False_},
+    ],
+)
+def test_what_means_something_is_accepted(kwargs, tmp_path):
+    start = {"policy": "MlpPolicy", "env": "Pendulum-v1", "buffer_size": 50, "batch_size": 4, "learning_starts": 5}
+    model = DQS(**start | kwargs, device="cpu").learn(10)
+    model.save(tmp_path / "model")
+    DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"), tau=Fraction(1, 4), n_copies=np.int16(1)).learn(10)
+
+
+def test_ignored_arguments_warn_once_at_the_line_of_the_user(make_model):
+    policies._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            make_model(policy_kwargs={"clip_mean": 2.5})
+    assert [str(warning.message)[:41] for warning in seen] == ["policy_kwargs: `clip_mean=2.5` is ignored"]
+    assert seen[0].filename == conftest.__file__
 
 
 @pytest.mark.parametrize("value", [-1e-3, NAN, INF, None, "fast"])
@@ -130,6 +266,9 @@ def test_good_numbers_are_accepted():
         (spaces.Discrete(2), "DQN or PPO"),
         (spaces.Box(-np.inf, np.inf, (2,), np.float32), "finite bounds"),
         (spaces.Box(-1, 1, (0,), np.float32), "remove that dimension"),
+        (spaces.Box(0, 255, (3,), np.uint8), "dtype=numpy.float32"),
+        (spaces.Box(-2e38, 2e38, (2,), np.float32), "nearer bounds"),
+        (spaces.Box(-6e4, 6e4, (1,), np.float16), "nearer bounds"),
         (spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)), "remove that dimension"),
     ],
 )
@@ -139,20 +278,54 @@ def test_bad_action_spaces(action_space, remedy):
     assert str(action_space) in str(error.value)
 
 
+ACTIONS = spaces.Box(-1, 1, (1,), np.float32)
+
+
 @pytest.mark.parametrize(
-    ("policy", "env", "message"),
+    "space",
     [
-        ("MlpPolicy", None, "`env` must be an environment or its name, got None"),
-        ("MlpPolicy", "CartPole-v1", r"Discrete\(2\)"),
-        ("MlpPolicy", SimpleMultiObsEnv(discrete_actions=False), "MultiInputPolicy"),
-        ("MlpLstmPolicy", "Pendulum-v1", "unknown"),
-        ("MultiInputPolicy", "Pendulum-v1", "policy=MultiInputPolicy needs dictionary observations"),
-        (SACPolicy, "Pendulum-v1", "policy=SACPolicy is not a policy of DQS: pass MlpPolicy, CnnPolicy or MultiInput"),
+        spaces.Discrete(4, start=-2),
+        spaces.MultiDiscrete([3, 3], start=[0, 1]),
+        spaces.MultiDiscrete([[2, 2]]),
+        spaces.Box(0, 1, (), np.float32),
+        spaces.Box(0, 1, (2, 0), np.float32),
+        spaces.Graph(OBS, None),
+        spaces.Sequence(OBS),
+        spaces.Tuple([OBS, OBS]),
+        spaces.Dict(),
+        spaces.Dict(a=spaces.Tuple([OBS])),
+        spaces.Dict({"arm.left": OBS}),
+        spaces.Dict(a=spaces.Discrete(2, start=1)),
     ],
+    ids=str,
 )
-def test_wrong_policy_or_environment(policy, env, message):
-    with pytest.raises(ValueError, match=message):
-        DQS(policy, env)
+def test_bad_observation_spaces(space):
+    policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+    with pytest.raises(ValueError, match="the observation space") as error:
+        DQS(policy, RandomEnv(space, ACTIONS), buffer_size=10)
+    assert str(space) in str(error.value)
+
+
+class Joined(BaseFeaturesExtractor):
+    """Reads what SB3's extractors cannot."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 2)
+
+    def forward(self, obs):
+        return th.cat([*obs.values()], dim=1)[:, :2]
+
+
+def test_an_extractor_of_ones_own_may_read_more(make_model):
+    space = spaces.Dict({"arm.left": OBS, "": OBS})
+    make_model("MultiInputPolicy", RandomEnv(space, ACTIONS), policy_kwargs={"features_extractor_class": Joined}).learn(30)
+
+
+def test_discrete_environment_by_name():
+    with pytest.raises(ValueError, match=r"Discrete\(2\)"):
+        DQS("MlpPolicy", "CartPole-v1")
+    with pytest.raises(ValueError):
+        DQS("MlpPolicy", IdentityEnv())
 
 
 def test_file_of_another_algorithm(tmp_path):
@@ -219,9 +392,9 @@ def test_nan_in_training_names_the_quantity_and_the_step(make_model):
 
 
 def test_check_finite_names_the_part_of_a_dictionary():
-    check_finite("the observation", {"image": np.zeros(3), "goal": np.zeros(2)}, 5)
-    with pytest.raises(ValueError, match=r"the observation \[goal\] is not finite at step 5"):
-        check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5)
+    check_finite("the observation", {"image": np.zeros(3), "goal": np.zeros(2)}, 5, "Mend it")
+    with pytest.raises(ValueError, match=r"the observation \[goal\] is not finite at step 5: .* Mend it\."):
+        check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5, "Mend it")
 
 
 @given(

@@ -177,7 +177,8 @@ class TestActor:
     @pytest.mark.parametrize(("n_rows", "own_share"), [(64, 0.25), (128, 0.25), (10, 0.25), (64, 1.0), (5, 0.01), (1, 0.25)])
     def test_rows_are_a_share_of_what_came_back_in_no_order_and_none_is_preferred(self, make_model, n_rows, own_share):
         """The batch can have another number of rows than was asked for."""
-        model, n_updates = make_model(denoiser_target=Recorder(), own_share=own_share, n_draws=3, policy_delay=1).learn(25), 200
+        kwargs = {"denoiser_target": Recorder(), "own_share": own_share, "n_draws": 3, "policy_delay": 1}
+        model, n_updates = make_model(**kwargs).learn(25), 200
         sample = model.replay_buffer.sample
         number = th.arange(float(n_rows)).unsqueeze(1).expand(-1, 3)
         model.replay_buffer.sample = lambda *args, **kwargs: sample(n_rows)._replace(observations=number)

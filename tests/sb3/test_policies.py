@@ -1,5 +1,6 @@
 """Networks and policies: what deterministic means, architectures, features extractors, modules of users, export."""
 
+import contextlib
 import io
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 from toys import same
 
-from sb3_dqs import CnnPolicy, MlpPolicy
+from sb3_dqs import CnnPolicy, MlpPolicy, policies
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.policies import DQSPolicy
 
@@ -90,10 +91,23 @@ class TestArchitecture:
         assert model.actor.normalize_images == model.critic.normalize_images == (not is_normalized)
 
     def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
+        policies._warn_once.cache_clear()
         with pytest.warns(UserWarning) as caught:
             make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
         messages = [str(warning.message) for warning in caught]
         assert [sum(name in text for text in messages) for name in ("log_std_init", "use_expln", "clip_mean")] == [1, 1, 1]
+
+    @pytest.mark.parametrize("scale", [1e5, 1e20, 1e30, np.inf])
+    def test_absurd_weights_give_finite_actions_or_none(self, scale):
+        """Where the outputs are not finite, as in SAC, there is no action."""
+        policy = make_policy()
+        with th.no_grad():
+            for param in policy.actor.parameters():
+                param.copy_(scale * th.randn_like(param))
+        for deterministic in (True, False):
+            with contextlib.nullcontext() if scale < 1e20 else pytest.raises(ValueError, match="policy: the action"):
+                actions, _ = policy.predict(np.ones((3, 3), np.float32), deterministic=deterministic)
+                assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
 
     def test_buffers_are_of_floats_and_move_with_the_policy(self):
         policy = make_policy(use_sde=True, best_of_n_by_q=4)

@@ -162,6 +162,15 @@ def test_loader_that_cannot_be_wrapped_warns_and_breaks_nothing(hook, recorder, 
         assert importlib.import_module("rl_zoo3.utils").__name__ == "rl_zoo3.utils"
 
 
+def test_broken_registration_breaks_nothing_where_warnings_are_errors(hook, recorder, capsys):
+    recorder.error = KeyError("changed upstream")
+    hook.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importlib.import_module("rl_zoo3.utils").__name__ == "rl_zoo3.utils"
+    assert "SB3_DQS_NO_RL_ZOO=1" in capsys.readouterr().err
+
+
 class DelegatingFinder:
     """Asks the whole of sys.meta_path, as other hooks do."""
 

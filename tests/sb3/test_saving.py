@@ -1,0 +1,265 @@
+"""A kill, an exception or a full disk at any moment leaves the old file or the new one; torn and foreign files are named."""
+
+import errno
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import CheckpointCallback
+from toys import OneStepEnv
+
+from sb3_dqs import DQS, saving
+from sb3_dqs.policies import DQSPolicy
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what", ["model", "replay buffer"])
+def test_exception_in_the_middle(make_model, tmp_path, what):
+    model, path = make_model().learn(30), tmp_path / "file.zip"
+    save = model.save if what == "model" else model.save_replay_buffer
+    save(path)
+    good = path.read_bytes()
+    model.own = model.replay_buffer.own = Unpicklable()
+    with pytest.raises(KeyboardInterrupt):
+        save(path)
+    assert path.read_bytes() == good and os.listdir(tmp_path) == ["file.zip"]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_full_disk(make_model, tmp_path, monkeypatch, place):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = make_model()
+    model.policy.save(tmp_path / "policy")
+    good = (tmp_path / "policy").read_bytes()
+    monkeypatch.setattr(os, place, full)
+    for save in (model.save, model.save_replay_buffer, model.policy.save):
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path / "policy")
+    assert (tmp_path / "policy").read_bytes() == good and os.listdir(tmp_path) == ["policy"]
+
+
+# Children save again and again, and are killed; every second write takes long, so that kills come inside
+KILLS = """
+import os, random, signal, sys, time, torch as th
+from pathlib import Path
+from sb3_dqs import DQS, saving
+
+th.set_num_threads(1)
+folder, fsync, left_overs = Path(sys.argv[1]), saving.os.fsync, 0
+model = DQS("MlpPolicy", "Pendulum-v1", buffer_size=20, device="cpu", policy_kwargs={"net_arch": [32]}, seed=0)
+model.save(folder / "model")
+model.save_replay_buffer(folder / "buffer")
+for kill in range(int(sys.argv[2])):
+    child = os.fork()
+    while child == 0:
+        model.num_timesteps += 1
+        saving.os.fsync = fsync if model.num_timesteps % 2 else lambda file: (time.sleep(0.01), fsync(file))
+        model.save(folder / "model")
+        model.save_replay_buffer(folder / "buffer")
+    time.sleep(random.uniform(0.02, 0.12))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left_overs += len(list(folder.glob(f".*{saving.SUFFIX}")))
+    DQS.load(folder / "model", device="cpu").load_replay_buffer(folder / "buffer")
+print(left_overs)
+"""
+
+
+def test_kill(make_model, tmp_path):
+    result = subprocess.run([sys.executable, "-c", KILLS, tmp_path, "12"], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 0  # kills came inside a write
+    make_model().save(tmp_path / "model")
+    make_model().save_replay_buffer(tmp_path / "buffer")
+    assert sorted(os.listdir(tmp_path)) == ["buffer.pkl", "model.zip"]
+
+
+def test_a_file_that_another_process_writes_is_not_swept(tmp_path):
+    with saving.atomic(tmp_path / "model", "zip") as first:
+        first.write(b"first")
+        with saving.atomic(tmp_path / "model", "zip") as second:
+            second.write(b"second")
+        assert (tmp_path / "model.zip").read_bytes() == b"second"
+    assert (tmp_path / "model.zip").read_bytes() == b"first"
+
+
+def test_callbacks_save_whole_files(make_model, tmp_path, monkeypatch):
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (written.append(target.name), replace(source, target)))
+    make_model().learn(25, CheckpointCallback(20, tmp_path, "m", save_replay_buffer=True))
+    assert written == ["m_20_steps.zip", "m_replay_buffer_20_steps.pkl"]
+
+
+def test_where_sb3_writes(make_model, tmp_path):
+    model = make_model()
+    (tmp_path / "folder.zip").mkdir()
+    with pytest.warns(UserWarning, match="is a folder"):
+        model.save(tmp_path / "folder")
+    with pytest.warns(UserWarning, match="does not exist. Will create it"):
+        model.save(str(tmp_path / "new" / "model.v1"))
+    long_name = "m" * 250
+    model.save(tmp_path / long_name)
+    model.save(tmp_path / "target")
+    (tmp_path / "link.zip").symlink_to(tmp_path / "target.zip")
+    os.chmod(tmp_path / "target.zip", 0o640)
+    model.num_timesteps = 7
+    model.save(tmp_path / "link")
+    assert (tmp_path / "link.zip").is_symlink() and (tmp_path / "target.zip").stat().st_mode & 0o777 == 0o640
+    for path in ("folder.zip_2", "new/model.v1", long_name, "target"):
+        loaded = DQS.load(tmp_path / path)
+    assert loaded.num_timesteps == 7
+    model.save("/dev/null")
+    for file in (io.BytesIO(), (tmp_path / "own").open("w+b")):
+        with file:
+            model.save(file)
+            assert not file.closed
+            DQS.load(file).set_parameters(file)
+    with io.BytesIO() as file:
+        model.save_replay_buffer(file)
+        file.seek(0)
+        model.load_replay_buffer(file)
+
+
+def test_policy_alone(make_model, tmp_path):
+    model = make_model()
+    model.policy.save(tmp_path / "policy")
+    assert os.listdir(tmp_path) == ["policy"]
+    loaded = DQSPolicy.load(tmp_path / "policy", device="cpu")
+    obs = np.zeros(3, np.float32)
+    assert np.array_equal(*(policy.predict(obs, deterministic=True)[0] for policy in (model.policy, loaded)))
+
+
+def spoil(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    elif how == "text":
+        content[:] = b"no model"
+    else:
+        del content[int(how * len(content)) :]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", [0.0, 0.1, 0.5, 0.99, "flipped", "text"])
+def test_torn_models(make_model, tmp_path, how):
+    model, path = make_model(), tmp_path / "model.zip"
+    model.save(path)
+    spoil(path, how)
+    before = model.actor.embed_features.weight.clone()
+    for read in (DQS.load, model.set_parameters):
+        with pytest.raises(ValueError, match=rf"path={path}: the file is torn"):
+            read(path)
+    assert th.equal(before, model.actor.embed_features.weight)
+
+
+@pytest.mark.parametrize("how", [0.0, 0.5, 0.99, "text"])
+def test_torn_replay_buffers(make_model, tmp_path, how):
+    model, path = make_model().learn(30), tmp_path / "buffer.pkl"
+    model.save_replay_buffer(path)
+    spoil(path, how)
+    with pytest.raises(ValueError, match=rf"path={path}: the file is torn, or no replay buffer"):
+        model.load_replay_buffer(path)
+    assert model.replay_buffer.size() == 30
+    model.learn(10)
+
+
+def test_foreign_files(make_model, tmp_path):
+    model = make_model()
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("photo.jpg", b"")
+    with pytest.raises(ValueError, match=r"photos: the file is torn, or no model that save\(\) wrote: it has no data"):
+        DQS.load(tmp_path / "photos")
+    SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save(tmp_path / "sac")
+    with pytest.raises(RuntimeError, match=r"actor\.latent_pi"):
+        model.set_parameters(tmp_path / "sac")
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
+    other = ReplayBuffer(5, OneStepEnv.observation_space, OneStepEnv.action_space)
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps(other))
+    for name, reason in (
+        ("list", "must inherit from ReplayBuffer"),
+        ("other", r"of shape \(\(2,\), 2\), where \(\(3,\), 1\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.pkl: .*{reason}"):
+            model.load_replay_buffer(tmp_path / f"{name}.pkl")
+    for read in (DQS.load, model.set_parameters, model.load_replay_buffer):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")
+
+
+class Executes:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_loading_executes(make_model, tmp_path):
+    model = make_model()
+    model.own = Executes(tmp_path / "made")
+    model.save(tmp_path / "model")
+    make_model().set_parameters(tmp_path / "model")
+    assert not (tmp_path / "made").exists()
+    DQS.load(tmp_path / "model")
+    assert (tmp_path / "made").exists()
+
+
+def test_parameters_of_another_kind_are_named_at_load(make_model, tmp_path):
+    """SB3 would say KeyError: 'policy.optimizer'."""
+    model = make_model()
+    get_parameters = model.get_parameters
+    model.get_parameters = lambda: {name: value for name, value in get_parameters().items() if name != "temperature"}
+    model.save(tmp_path / "model", exclude=["get_parameters"])
+    with pytest.raises(ValueError, match="Names of parameters do not match"):
+        DQS.load(tmp_path / "model")
+
+
+def test_predict_from_a_thread_does_not_change_the_training_mode(make_model):
+    modes, stop = [], threading.Event()
+    model = make_model(gradient_steps=4, policy_kwargs={"activation_fn": th.nn.Dropout})
+    model.actor.embed_features.register_forward_hook(lambda *args: modes.append(model.actor.training))
+
+    def predict():
+        while not stop.wait(0.0005):
+            model.predict(np.zeros(3, np.float32))
+
+    model.learn(30)
+    modes.clear()
+    thread = threading.Thread(target=predict)
+    thread.start()
+    seen = []
+    for _ in range(15):
+        with model.policy.lock:
+            modes.clear()
+            model.train(4, 16)
+            seen += modes
+        time.sleep(0.002)
+    stop.set()
+    thread.join()
+    assert len(seen) >= 60 and all(seen)
+
+
+def test_models_can_be_loaded_in_the_environment_they_were_made_for(make_model, tmp_path):
+    model = make_model(env=OneStepEnv())
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
