@@ -204,8 +204,10 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
         if norm is not None:
             if not is_plain(layer, nn.Linear):
                 return net
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
-            shift = norm.bias - norm.running_mean * scale  # type: ignore[operator]
+            mean, var = norm.running_mean, norm.running_var
+            assert mean is not None and var is not None  # for type checker
+            scale = norm.weight / (var + norm.eps).sqrt()
+            shift = norm.bias - mean * scale
             folded = nn.Linear(layer.in_features, layer.out_features, device="meta")  # no initialisation
             folded.weight = nn.Parameter((layer.weight * scale).detach(), requires_grad=False)
             folded.bias = nn.Parameter(F.linear(shift, layer.weight, layer.bias).detach(), requires_grad=False)
