@@ -124,7 +124,7 @@ class DQS(OffPolicyAlgorithm):
     :param n_draws: Number of actions that it draws per observation, each noised once
     :param next_share: Share of the batch's next observations, at random, at which the other updates learn
     :param n_copies: Number of noisy copies of each action there
-    :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3 and CrossQ
+    :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
         (:class:`sb3_dqs.denoiser_targets.EnergyGradient`), or a :class:`sb3_dqs.denoiser_targets.DenoiserTarget`
@@ -186,7 +186,7 @@ class DQS(OffPolicyAlgorithm):
         n_draws: int = 4,
         next_share: float = 0.5,
         n_copies: int = 2,
-        policy_delay: int = 3,
+        policy_delay: int = 2,
         denoiser_target: str | DenoiserTarget = "posterior_mean",
         backup: str = "soft",
         augmentation: nn.Module | None = None,

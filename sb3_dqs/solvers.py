@@ -34,19 +34,16 @@ def dpm_solver_2m(denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback
     :param callback: called at every level
     :return: unsquashed actions of the shape of x, within ``MAX_UNSQUASHED``; NaN where the denoiser is not finite
     """
-    denoised, previous_denoised = _descend(denoise, x, sigmas, callback)
-    # Extrapolate from the last two levels to none: for small sigma the denoised action is linear in sigma^2. With levels that
-    # are close to each other it would amplify the errors of the denoiser, hence at most 1
-    weight = min(1 / ((sigmas[-2] / sigmas[-1]) ** 2 - 1), 1)
-    return _bounded(denoised.lerp(previous_denoised, -weight))
+    return _extrapolate(*_descend(denoise, x, sigmas, callback), sigmas)
 
 
-def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: float = 0.25, n_shifts: int = 5) -> th.Tensor:
+def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: float = 0.25, n_shifts: int = 3) -> th.Tensor:
     """
-    A mode of the policy: along the ODE down to ``sigma_mode``, and from there the same level again and again.
-    ``u <- D(u, sigma) = E[u' | u]`` is the mean shift (Cheng 1995, https://doi.org/10.1109/34.400568) with a Gaussian kernel
-    of that width: it climbs the density of u that the kernel blurs. It leaves the middle between two narrow modes at once, and
-    slowly, or not at all, if much of the policy lies between them.
+    A mode of the policy: along the ODE down to ``sigma_mode``, mean shifts at this level, and along the ODE to no noise.
+    The mean shift ``u <- D(u, sigma) = E[u' | u]`` (Cheng 1995, https://doi.org/10.1109/34.400568), with a Gaussian kernel
+    of that width, climbs the density of u that the kernel blurs. It leaves the middle between two narrow modes at once, and
+    slowly, or not at all, if much of the policy lies between them. The rest of the ODE is that of the stochastic actions: what
+    the policy does at low noise only, as one that was fitted to demonstrations through the sampler, is kept.
 
     :param denoise: the denoiser
     :param x: where to start, shape (..., action_dim); see :func:`mode_latent`
@@ -63,7 +60,8 @@ def find_mode(denoise: Denoiser, x: th.Tensor, sigmas: list[float], sigma_mode: 
     mode, _ = _descend(denoise, x, [*levels, last])
     for _ in range(n_shifts):
         mode = _bounded(denoise(mode, last))
-    return mode
+    rest = [last, *(sigma for sigma in sigmas if sigma < last)]
+    return mode if len(rest) == 1 else _extrapolate(*_descend(denoise, mode, rest, starts_at_noise=False), rest)
 
 
 def mode_latent(action_dim: int, length: float = 0.1) -> th.Tensor:
@@ -111,7 +109,7 @@ def invert(denoise: Denoiser, u: th.Tensor, sigmas: list[float], callback: Callb
 
 
 def _descend(
-    denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback: Callback | None = None
+    denoise: Denoiser, x: th.Tensor, sigmas: list[float], callback: Callback | None = None, starts_at_noise: bool = True
 ) -> tuple[th.Tensor, th.Tensor]:
     """The solver down to the last of the levels; the denoised actions there and at the level before."""
     previous_denoised, previous_log_step = x, math.inf
@@ -122,7 +120,7 @@ def _descend(
         denoised = _bounded(denoised)
         if next_sigma == 0:
             break
-        if step == 0:
+        if step == 0 and starts_at_noise:
             x = x + denoised  # at the highest level the noise is centred on the mean
         log_step = math.log(sigma / next_sigma)
         # Second order: extrapolate the denoised action to the middle of the step (not at the first step)
@@ -130,6 +128,13 @@ def _descend(
         x = middle.lerp(x, next_sigma / sigma)
         previous_denoised, previous_log_step = denoised, log_step
     return denoised, previous_denoised
+
+
+def _extrapolate(denoised: th.Tensor, previous_denoised: th.Tensor, sigmas: list[float]) -> th.Tensor:
+    """From the last two levels to no noise: for small sigma the denoised action is linear in sigma^2."""
+    # With levels that are close to each other it would amplify the errors of the denoiser, hence at most 1
+    weight = min(1 / ((sigmas[-2] / sigmas[-1]) ** 2 - 1), 1)
+    return _bounded(denoised.lerp(previous_denoised, -weight))
 
 
 def _bounded(u: th.Tensor) -> th.Tensor:
