@@ -38,7 +38,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TQC": ("TQC", WIDE),
     "CrossQ": ("CrossQ", WIDE),
     "DQS": ("DQS", WIDE),
-    "DQS-1e-3": ("DQS", {**WIDE, "learning_rate": 1e-3}),
+    "DQS-3e-4": ("DQS", {**WIDE, "learning_rate": 3e-4}),
+    "DQS-mlp": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "critic_class": "mlp"}}),
 }
 SCALARS = ("ent_coef", "entropy", "ess")
 
@@ -68,9 +69,9 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
         cpu_seconds = 0.0
     env = Monitor(gym.make(env_id))
     env.reset(seed=10_000 + seed)
-    while model.num_timesteps < args.steps:
+    while model.num_timesteps < args.until:
         start = time.process_time()
-        n_steps = min(args.eval_freq, args.steps - model.num_timesteps)
+        n_steps = min(args.eval_freq, args.until - model.num_timesteps)
         model.learn(n_steps, log_interval=10**9, reset_num_timesteps=model.num_timesteps == 0)
         cpu_seconds += time.process_time() - start
         returns, _ = evaluate_policy(model, env, args.episodes, return_episode_rewards=True)
@@ -92,7 +93,8 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
         model.save(checkpoint)
         model.save_replay_buffer(checkpoint.with_suffix(".pkl"))
         append_rows(path, [row])
-    checkpoint.with_suffix(".pkl").unlink(missing_ok=True)
+    if args.until == args.steps:
+        checkpoint.with_suffix(".pkl").unlink(missing_ok=True)
 
 
 def curves_of(variant: str, env_id: str, paths: list[Path]) -> list[np.ndarray]:
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["Pendulum-v1"])
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--until", type=int, help="stop each run after so many of the steps, to go on another time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"], choices=list(VARIANTS))
     parser.add_argument("--kwargs", type=json.loads, default={}, help="more arguments of all, as JSON: '{\"gamma\": 0.95}'")
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=Path("logs/checkpoints"))
     parser.add_argument("--report-only", action="store_true", help="print what the files have")
     args = parser.parse_args()
+    args.until = min(args.until or args.steps, args.steps)
     print_provenance()
 
     def path_of(variant: str, env_id: str, seed: int) -> Path:
@@ -162,7 +166,7 @@ def main() -> None:
             futures = {}
             for variant, env_id, seed in jobs:
                 rows = read_rows(path := path_of(variant, env_id, seed))
-                if not rows or int(rows[-1]["step"]) < args.steps:
+                if not rows or int(rows[-1]["step"]) < args.until:
                     futures[pool.submit(train, variant, args.kwargs, env_id, seed, args, path)] = path
             for i, future in enumerate(as_completed(futures), start=1):
                 future.result()
