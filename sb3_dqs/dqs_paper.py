@@ -20,7 +20,7 @@ PAPER = {
 
 def with_plain_critic(policy_kwargs: str) -> str:
     """The paper's critic is that of SAC: ``dict(net_arch=...)`` of an entry, with this argument."""
-    return policy_kwargs.replace("dict(", 'dict(critic_class="mlp", ', 1)
+    return policy_kwargs if "critic_class" in policy_kwargs else policy_kwargs.replace("dict(", "dict(critic_class='mlp', ", 1)
 
 
 # The name that RL Zoo looks for

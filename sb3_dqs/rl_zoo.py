@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sb3_dqs.checks import BACKUPS
 from sb3_dqs.denoiser_targets import DENOISER_TARGETS
 from sb3_dqs.dqs import DQS
+from sb3_dqs.policies import CRITICS
 
 if TYPE_CHECKING:
     import optuna
@@ -80,7 +81,9 @@ def sample_dqs_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
         # From 2**5=32 to 2**10=1024
         "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
         "train_freq": trial.suggest_int("train_freq", 1, 10),
-        # Polyak coeff
+        "critic_class": trial.suggest_categorical("critic_class", list(CRITICS)),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 3),
+        # Polyak coeff, for critics with a target network
         "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
         "ent_coef": trial.suggest_categorical(
@@ -115,7 +118,8 @@ def convert_dqs_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
     params = convert_offpolicy_params(sampled_params)
     params["n_mc_samples"] = 2 ** params.pop("n_mc_samples_pow")
-    params["policy_kwargs"]["diffusion_steps"] = params.pop("diffusion_steps")
+    for name in ("diffusion_steps", "critic_class"):
+        params["policy_kwargs"][name] = params.pop(name)
     if "n_sampled_goal" in params:
         # A trial with hindsight experience replay, loaded by its number: these replace those of the entry, as upstream
         params["replay_buffer_kwargs"] = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy")}

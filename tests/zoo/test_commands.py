@@ -152,7 +152,7 @@ def test_search_and_training_with_its_trial(zoo, tmp_path, env, options, storage
     assert "Loading from Optuna study" in output
     config = read_config(tmp_path)
     assert {"n_mc_samples", "denoiser_target", "backup"} <= set(config) and "diffusion_steps" not in config
-    assert set(config["policy_kwargs"]) == {"net_arch", "diffusion_steps"}
+    assert set(config["policy_kwargs"]) == {"net_arch", "diffusion_steps", "critic_class"}
     if options:
         assert set(config["replay_buffer_kwargs"]) == {"n_sampled_goal", "goal_selection_strategy"}
 
