@@ -75,7 +75,7 @@ def locked(method: Method) -> Method:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn once per process, at the line of the user."""
     packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("sb3_dqs", "stable_baselines3"))
     frame, level = sys._getframe(1), 2
@@ -165,7 +165,7 @@ class DQSPolicy(BasePolicy):
         )
         for name, value in {"log_std_init": log_std_init, "use_expln": use_expln, "clip_mean": clip_mean}.items():
             if value is not None:
-                _warn_once(
+                warn_once(
                     f"policy_kwargs: `{name}={value}` is ignored, it shapes SAC's Gaussian and DQS has none; "
                     "remove it to silence this warning."
                 )

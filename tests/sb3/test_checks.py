@@ -230,14 +230,24 @@ def test_what_means_something_is_accepted(kwargs, tmp_path):
     DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"), tau=Fraction(1, 4), n_copies=np.int16(1)).learn(10)
 
 
-def test_ignored_arguments_warn_once_at_the_line_of_the_user(make_model):
-    policies._warn_once.cache_clear()
+def test_ignored_argumentswarn_once_at_the_line_of_the_user(make_model):
+    policies.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
             make_model(policy_kwargs={"clip_mean": 2.5})
     assert [str(warning.message)[:41] for warning in seen] == ["policy_kwargs: `clip_mean=2.5` is ignored"]
     assert seen[0].filename == conftest.__file__
+
+
+def test_arguments_of_a_target_network_warn_where_there_is_none(make_model, recwarn):
+    policies.warn_once.cache_clear()
+    make_model(policy_kwargs={"critic_class": "mlp"}, tau=0.02, target_update_interval=2)
+    make_model()
+    assert not [warning for warning in recwarn if "no effect" in str(warning.message)]
+    make_model(tau=0.02, target_update_interval=2)
+    messages = [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
+    assert [message[:13] for message in messages] == ["`tau=0.02` ha", "`target_updat"]
 
 
 @pytest.mark.parametrize("value", [-1e-3, NAN, INF, None, "fast"])

@@ -90,8 +90,8 @@ class TestArchitecture:
         assert isinstance(model.actor.features_extractor, NatureCNN) and isinstance(model.policy, CnnPolicy)
         assert model.actor.normalize_images == model.critic.normalize_images == (not is_normalized)
 
-    def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
-        policies._warn_once.cache_clear()
+    def test_ignored_arguments_of_sacwarn_once_each(self, make_model):
+        policies.warn_once.cache_clear()
         with pytest.warns(UserWarning) as caught:
             make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
         messages = [str(warning.message) for warning in caught]
