@@ -240,7 +240,7 @@ class DQSPolicy(BasePolicy):
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         parameters = list(parameters)
         kwargs = dict(self.optimizer_kwargs)
-        if issubclass(self.optimizer_class, (th.optim.Adam, th.optim.AdamW)):
+        if isinstance(self.optimizer_class, type) and issubclass(self.optimizer_class, (th.optim.Adam, th.optim.AdamW)):
             kwargs = {**self.critic_class.adam_kwargs, **kwargs}
         kwargs = fast.optimizer_kwargs(self.optimizer_class, kwargs, parameters)
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]

@@ -46,7 +46,8 @@ class TestDiagnose:
         result = diagnose(make_stub(dim, lambda actions: SLOPE * actions.sum(dim=-1)), OBS, n_actions=4000)
         mean = 1 / math.tanh(SLOPE) - 1 / SLOPE
         entropy = dim * (math.log(2 * math.sinh(SLOPE) / SLOPE) - SLOPE * mean)
-        np.testing.assert_allclose(result.boltzmann_means, mean, atol=0.05)
+        # On a grid exact to 0.01; else six standard errors, because the largest weights, where no action is, have a long tail
+        assert (np.abs(result.boltzmann_means - mean) < 0.01 + 6 * result.mean_errors[:, None]).all()
         np.testing.assert_allclose(result.entropy_gaps, 1 - entropy, atol=0.1)
         assert (result.policy_means[:, 0] > 0.3).all() and (np.abs(result.policy_means[:, 1:]) < 0.1).all()
         for values in (result.mean_gaps, result.spread_ratios, result.mean_errors):

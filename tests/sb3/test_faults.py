@@ -63,7 +63,7 @@ def test_bad_critic_does_not_choose(make_model):
     ("part", "key", "value"),
     [
         ("policy", "actor.gaussian.1.weight", INF),
-        ("policy", "critic_target.qf1.0.bias", NAN),
+        ("policy", "critic.q_networks.1.0.bias", NAN),
         ("temperature", "log_ent_coef", NAN),
         ("target_estimator", "mean_ess.value", NAN),
     ],
@@ -87,13 +87,13 @@ def test_bad_parameters_are_neither_taken_nor_saved(make_model, tmp_path, part, 
 
 def test_bad_parameters_in_a_file(make_model, tmp_path, monkeypatch):
     model = make_model().learn(30)
-    model.critic.q_networks[1][0].weight.data[0, 0] = INF
+    model.critic.q_networks[1][1].weight.data[0, 0] = INF
     monkeypatch.setattr(DQS, "_check_state", lambda *args: None)
     model.save(tmp_path / "model")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"policy\.critic\.qf1\.0\.weight is not finite"):
+    with pytest.raises(ValueError, match=r"policy\.critic\.q_networks\.1\.1\.weight is not finite"):
         DQS.load(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"policy\.critic\.qf1\.0\.weight is not finite"):
+    with pytest.raises(ValueError, match=r"policy\.critic\.q_networks\.1\.1\.weight is not finite"):
         make_model().set_parameters(tmp_path / "model")
 
 
