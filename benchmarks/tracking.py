@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from bandit_env import BanditEnv
+from bandit import BanditEnv
 from common import RESULTS, append_rows, print_provenance, print_table, provenance, read_rows, use_one_thread
 from gymnasium import spaces
 from matplotlib.figure import Figure
