@@ -15,6 +15,43 @@ from sb3_dqs import fast
 from sb3_dqs.critics import Critic, Energy, MakeTargets
 
 
+class BatchNorm(nn.Module):
+    """
+    Batch normalisation (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167). Called as a layer it uses its running means,
+    in training as in evaluation; ``normalize_jointly()`` uses the statistics of its two batches and moves the running means.
+
+    :param size: number of features
+    :param eps: added to the variances
+    :param momentum: rate of the running means
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+
+    def __init__(self, size: int, eps: float, momentum: float):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(th.ones(size)), nn.Parameter(th.zeros(size))
+        self.register_buffer("running_mean", th.zeros(size))
+        self.register_buffer("running_var", th.ones(size))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def normalize_jointly(self, x: th.Tensor, next_x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Normalise two batches by the statistics of both.
+
+        :param x: shape (n, size)
+        :param next_x: shape (m, size)
+        :return: of the same shapes, the second without gradient
+        """
+        both = F.batch_norm(
+            th.cat([x, next_x]), self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+        return both[: len(x)], both[len(x) :].detach()
+
+
 class BatchNormCritic(Critic):
     """
     Critic networks with batch normalisation before every linear layer, and no target network (Bhatt et al. 2024, "CrossQ",
@@ -70,8 +107,8 @@ class BatchNormCritic(Critic):
         for _ in range(n_critics):
             layers: list[nn.Module] = []
             for size, next_size in itertools.pairwise(sizes):
-                layers += [nn.BatchNorm1d(size, eps, momentum), nn.Linear(size, next_size), activation_fn()]
-            layers += [nn.BatchNorm1d(sizes[-1], eps, momentum), nn.Linear(sizes[-1], 1)]
+                layers += [BatchNorm(size, eps, momentum), nn.Linear(size, next_size), activation_fn()]
+            layers += [BatchNorm(sizes[-1], eps, momentum), nn.Linear(sizes[-1], 1)]
             self.q_networks.append(nn.Sequential(*layers))
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -127,9 +164,8 @@ def joint_pass(network: nn.Module, x: th.Tensor, next_x: th.Tensor) -> tuple[th.
     :return: shapes (n, 1) and (m, 1), the second without gradient
     """
     for layer in network.children():
-        if isinstance(layer, nn.BatchNorm1d):
-            x, next_x = layer(th.cat([x, next_x])).split([len(x), len(next_x)])
-            next_x = next_x.detach()
+        if isinstance(layer, BatchNorm):
+            x, next_x = layer.normalize_jointly(x, next_x)
         else:
             x = layer(x)
             with th.no_grad():

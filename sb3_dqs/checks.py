@@ -432,8 +432,6 @@ def check_replay_buffer(arguments: dict[str, Any], observation_space: gym.Space,
     """
     is_dict, buffer_class = isinstance(observation_space, spaces.Dict), arguments["replay_buffer_class"]
     if buffer_class is None:
-        if is_dict and arguments["n_steps"] > 1:
-            raise ValueError(f"`n_steps` must be 1 with dictionary observations, got {arguments['n_steps']}.")
         buffer_class = DictReplayBuffer if is_dict else ReplayBuffer
     elif issubclass(buffer_class, DictReplayBuffer) and not is_dict:
         raise ValueError(

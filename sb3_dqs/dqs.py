@@ -567,7 +567,7 @@ class DQS(OffPolicyAlgorithm):
             If set to ``False``, we assume that we continue the same trajectory (same episode).
         :raises ValueError: if the file is torn, or holds no replay buffer for these spaces; the present buffer stays
         """
-        present = self.replay_buffer
+        present = getattr(self, "replay_buffer", None)
         try:
             super().load_replay_buffer(path, truncate_last_traj)
             check_buffer_fits(self.replay_buffer, self.observation_space, self.action_space)

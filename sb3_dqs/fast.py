@@ -190,32 +190,30 @@ def energy(q_net: nn.Module, features: th.Tensor) -> Callable[[th.Tensor], th.Te
 
 def fold_batch_norm(net: nn.Module) -> nn.Module:
     """
-    A network whose batch normalisation, by running statistics, is multiplied into the linear layers behind it. Without
+    A network whose batch normalisation, by its running means, is multiplied into the linear layers behind it. Without
     gradients to the parameters.
 
     :param net: the network
-    :return: a network of the same function; ``net`` itself if it is no plain sequence of such pairs in evaluation mode
+    :return: a network of the same function; ``net`` itself if it is no plain sequence of such pairs
     """
+    from sb3_dqs.batch_norm_critic import BatchNorm  # circular
+
     if not is_plain(net, nn.Sequential):
         return net
     layers: list[nn.Module] = []
-    norm: nn.BatchNorm1d | None = None
+    norm: BatchNorm | None = None
     for layer in net:  # type: ignore[attr-defined]
         if norm is not None:
             if not is_plain(layer, nn.Linear):
                 return net
-            mean, var = norm.running_mean, norm.running_var
-            assert mean is not None and var is not None  # for type checker
-            scale = norm.weight / (var + norm.eps).sqrt()
-            shift = norm.bias - mean * scale
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shift = norm.bias - norm.running_mean * scale
             folded = nn.Linear(layer.in_features, layer.out_features, device="meta")  # no initialisation
             folded.weight = nn.Parameter((layer.weight * scale).detach(), requires_grad=False)
             folded.bias = nn.Parameter(F.linear(shift, layer.weight, layer.bias).detach(), requires_grad=False)
             layers.append(folded)
             norm = None
-        elif isinstance(layer, nn.BatchNorm1d):
-            if not is_plain(layer, nn.BatchNorm1d) or layer.training or not (layer.affine and layer.track_running_stats):
-                return net
+        elif is_plain(layer, BatchNorm):
             norm = layer
         else:
             layers.append(layer)

@@ -233,7 +233,8 @@ class DQSPolicy(BasePolicy):
             # Target networks should always be in eval mode
             self.critic_target.set_training_mode(False)
         else:
-            self.critic_target = self.critic
+            # No module of its own: parameters have one name
+            self.__dict__["critic_target"] = self.critic
 
         self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
 

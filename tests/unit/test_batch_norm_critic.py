@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_dqs import DQS, fast
-from sb3_dqs.batch_norm_critic import BatchNormCritic, joint_pass
+from sb3_dqs.batch_norm_critic import BatchNorm, BatchNormCritic, joint_pass
 
 OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
 
@@ -18,7 +18,7 @@ OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.f
 def make_critic(net_arch=(16, 16), share=False) -> BatchNormCritic:
     critic = BatchNormCritic(OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, share_features_extractor=share)
     for module in critic.modules():
-        if isinstance(module, nn.BatchNorm1d):
+        if isinstance(module, BatchNorm):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -30,28 +30,48 @@ def batch(n: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
     return th.randn(n, 3), 2 * th.rand(n, 2) - 1, th.randn(n, 3), 2 * th.rand(n, 2) - 1
 
 
+def reference(network: nn.Sequential) -> nn.Sequential:
+    """The same network with the layers of torch, in training mode."""
+    layers = []
+    for layer in network:
+        if isinstance(layer, BatchNorm):
+            norm = nn.BatchNorm1d(len(layer.bias), layer.eps, layer.momentum).double()
+            norm.load_state_dict(layer.state_dict(), strict=False)
+            layer = norm
+        layers.append(layer)
+    return nn.Sequential(*layers).train()
+
+
 def test_joint_pass_is_one_pass_of_both_with_gradients_of_the_first():
     network = make_critic().q_networks[0].double()
     x, next_x = th.randn(7, 5, dtype=th.double, requires_grad=True), th.randn(4, 5, dtype=th.double)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    expected = network(th.cat([x, next_x]))
-    statistics = {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
-    network.load_state_dict(before)
+    expected = (same := reference(network))(th.cat([x, next_x]))
     values, next_values = joint_pass(network, x, next_x)
     assert th.allclose(th.cat([values, next_values]), expected)
-    for name, value in statistics.items():
-        assert th.allclose(network.state_dict()[name], value) and not th.allclose(before[name], value)
+    for layer, other in zip(network, same, strict=True):
+        if isinstance(layer, BatchNorm):
+            assert th.allclose(layer.running_mean, other.running_mean) and th.allclose(layer.running_var, other.running_var)
     values.sum().backward()
     assert x.grad.any() and not next_values.requires_grad
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_as_a_layer_it_uses_its_running_means_and_leaves_them(mode):
+    critic = make_critic().train(mode)
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    obs, actions, _, _ = batch(6)
+    values = critic(obs, actions)[0]
+    assert th.allclose(values[:1], critic(obs[:1], actions[:1])[0], atol=1e-5)  # of one row, too
+    assert all(th.equal(value, before[name]) for name, value in critic.state_dict().items())
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=3), st.integers(1, 6))
-def test_folded_network_is_the_network_in_evaluation_mode(net_arch, n):
-    network = make_critic(net_arch).q_networks[0].double().eval()
+def test_folded_network_is_the_network(net_arch, n):
+    network = make_critic(net_arch).q_networks[0].double()
     folded = fast.fold_batch_norm(network)
     x = th.randn(n, 5, dtype=th.double, requires_grad=True)
-    assert not any(isinstance(layer, nn.BatchNorm1d) for layer in folded)
+    assert not any(isinstance(layer, BatchNorm) for layer in folded)
     assert th.allclose(folded(x), network(x))
     gradients = [th.autograd.grad(net(x).sum(), x)[0] for net in (folded, network)]
     assert th.allclose(*gradients)
@@ -59,15 +79,15 @@ def test_folded_network_is_the_network_in_evaluation_mode(net_arch, n):
 
 def test_not_folded_where_it_would_change_the_function():
     network = make_critic().q_networks[0]
-    assert fast.fold_batch_norm(network.train()) is network
-    network.eval()[0].register_forward_hook(lambda *_: None)
-    assert fast.fold_batch_norm(network) is network
-    activation_between = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 1)).eval()
+    network[0].register_forward_hook(lambda *_: None)
+    assert not any(layer is network[1] for layer in fast.fold_batch_norm(make_critic().q_networks[0]))
+    assert isinstance(fast.fold_batch_norm(network)[0], BatchNorm)
+    activation_between = nn.Sequential(BatchNorm(2, 1e-3, 0.01), nn.ReLU(), nn.Linear(2, 1))
     assert fast.fold_batch_norm(activation_between) is activation_between
 
 
 def test_energy_is_the_first_network_by_its_running_statistics():
-    critic = make_critic().eval()
+    critic = make_critic()
     obs, actions = th.randn(4, 3), (2 * th.rand(4, 6, 2) - 1).requires_grad_()
     values = critic.energy(obs)(actions)
     expected = th.stack([critic(obs, actions[:, k])[0].squeeze(1) for k in range(6)], dim=1)
@@ -76,9 +96,10 @@ def test_energy_is_the_first_network_by_its_running_statistics():
 
 
 def test_both_sides_of_the_bellman_equation_come_from_the_joint_pass():
-    critic = make_critic().double().train()
+    critic = make_critic().double()
     obs, actions, next_obs, next_actions = (tensor.double() for tensor in batch(8))
-    joint = th.cat(critic(th.cat([obs, next_obs]), th.cat([actions, next_actions])), dim=1)
+    both = th.cat([th.cat([obs, actions], dim=1), th.cat([next_obs, next_actions], dim=1)])
+    joint = th.cat([reference(network)(both) for network in critic.q_networks], dim=1)
     targets = 1 + 0.5 * joint[8:].min(dim=1, keepdim=True).values.detach()
     expected = ((joint[:8] - targets) ** 2).mean(dim=0).sum() / 2
     loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, lambda values: 1 + 0.5 * values)
@@ -98,7 +119,7 @@ def test_learns_the_discounted_sum_of_a_constant_reward():
         loss.backward()
         optimizer.step()
     obs, actions, _, _ = batch(200)
-    values = critic.eval().backup_values(obs, actions)
+    values = critic.backup_values(obs, actions)
     assert abs(values.mean().item() - 2) < 0.1 and values.std() < 0.3
 
 
