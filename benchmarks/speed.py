@@ -45,13 +45,14 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "DQS": (DQS, {}),
     "DQS, compiled": (DQS, {"compile": True}),
     SINGLE: (DQS, {}),
-    SLOW: (DQS, PAPER),
+    SLOW: (DQS, {**PAPER, "policy_kwargs": {"critic_class": "mlp"}}),
 }
 ENVS = ("Pendulum-v1", "HalfCheetah-v5", "Humanoid-v5")
 BATCH_SIZE = 256
 # Of one measurement of the learning, and of calls of train(1, 256): some algorithms update their actor every second or third
 # step only
-LEARN_STEPS, TRAIN_STEPS = 200, 6
+# A full cycle of the defaults: the actor draws actions of its own at every 16th step
+LEARN_STEPS, TRAIN_STEPS = 200, 48
 TRAIN = "train(1, 256)"
 MODES = {"stochastic": False, "deterministic": True}
 PREDICT = {f"predict {n}, {mode}": (n, MODES[mode]) for n in (1, 16, 256) for mode in MODES}

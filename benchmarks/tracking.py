@@ -43,7 +43,8 @@ REACH = {"learning_rate": 1e-3, "gamma": 0.95, "learning_starts": 500, "replay_b
 VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "SAC": (SAC, {}),
     "DQS": (DQS, {}),
-    "DQS, policy_delay=2": (DQS, {"policy_delay": 2}),
+    "DQS, policy_delay=1": (DQS, {"policy_delay": 1}),
+    "DQS, plain critic": (DQS, {"policy_kwargs": {"critic_class": "mlp"}}),
 }
 
 

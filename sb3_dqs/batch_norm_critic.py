@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dqs import fast
-from sb3_dqs.critics import Critic, Energy, MakeTargets
+from sb3_dqs.critics import Critic, Energy, MakeTargets, minimum, squared_errors
 
 
 class BatchNorm(nn.Module):
@@ -60,7 +60,8 @@ class BatchNormCritic(Critic):
     In training, ``(s, a)`` and ``(s', a')`` pass the networks together, so that both are normalised by the statistics of
     both: separate passes would give the two halves of the Bellman equation different statistics. Gradients flow through
     ``(s, a)`` alone, the other half only shapes the statistics. Elsewhere the running means of the statistics are used, and
-    are multiplied into the linear layers, so that the candidates of the actor cost no more than with plain networks.
+    are multiplied into the linear layers, so that the candidates of the actor cost no more than with plain networks. Of the
+    features extractor the two halves are separate passes.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -101,6 +102,8 @@ class BatchNormCritic(Critic):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
+        if not (0 < momentum <= 1 and eps > 0):
+            raise ValueError(f"`critic_kwargs` must have 0 < momentum <= 1 and eps > 0, got momentum={momentum}, eps={eps}.")
         self.share_features_extractor = share_features_extractor
         sizes = [features_dim + get_action_dim(action_space), *net_arch]
         self.q_networks = nn.ModuleList()
@@ -128,10 +131,10 @@ class BatchNormCritic(Critic):
         return th.cat([features, actions], dim=1)
 
     def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        return th.cat(self(obs, actions), dim=1).min(dim=1, keepdim=True).values
+        return minimum(self(obs, actions))
 
     def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values in self(obs, actions)]).sum()
+        return squared_errors(self(obs, actions), targets)
 
     def td_loss(
         self,
@@ -146,8 +149,8 @@ class BatchNormCritic(Critic):
         with th.no_grad():
             next_inputs = self._inputs(next_obs, next_actions)
         pairs = [joint_pass(q_network, inputs, next_inputs) for q_network in self.q_networks]
-        targets = make_targets(th.cat([next_values for _, next_values in pairs], dim=1).min(dim=1, keepdim=True).values)
-        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values, _ in pairs]).sum()
+        targets = make_targets(minimum(next_values for _, next_values in pairs))
+        return squared_errors((q_values for q_values, _ in pairs), targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)

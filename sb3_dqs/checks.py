@@ -386,8 +386,11 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
         names = "policy_kwargs: `features_extractor_class` and `features_extractor_kwargs`"
         check_call(names, extractor, [observation_space], {}, extractor_kwargs)
     if policy_kwargs.get("critic_kwargs"):
-        names, critic = "policy_kwargs: `critic_class` and `critic_kwargs`", policy_kwargs.get("critic_class", "batch_norm")
-        critic = CRITICS.get(critic, critic) if isinstance(critic, str) else critic
+        names = "policy_kwargs: `critic_class` and `critic_kwargs`"
+        signatures = [inspect.signature(cls).parameters for cls in (policy_class, DQSPolicy)]
+        default = next(own["critic_class"].default for own in signatures if "critic_class" in own)
+        critic = policy_kwargs.get("critic_class", default)
+        critic = CRITICS[critic] if isinstance(critic, str) else critic
         check_call(names, critic, [], {}, dict.fromkeys(CRITIC_ARGUMENTS) | policy_kwargs["critic_kwargs"])
     optimizer_class = policy_kwargs.get("optimizer_class", th.optim.Adam)
     optimizer_kwargs = policy_kwargs.get("optimizer_kwargs") or {}

@@ -5,7 +5,7 @@ A critic of your own is a :class:`Critic`; pass its class as ``policy_kwargs=dic
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch as th
@@ -21,16 +21,28 @@ Energy = Callable[[th.Tensor], th.Tensor]
 MakeTargets = Callable[[th.Tensor], th.Tensor]
 
 
+def minimum(q_values: Iterable[th.Tensor]) -> th.Tensor:
+    """The smallest of several values, each of shape (batch_size, 1)."""
+    return th.cat(list(q_values), dim=1).min(dim=1, keepdim=True).values
+
+
+def squared_errors(q_values: Iterable[th.Tensor], targets: th.Tensor) -> th.Tensor:
+    """Half the mean squared error of several values, summed, as in SAC and TD3; all of shape (batch_size, 1)."""
+    return 0.5 * th.stack([F.mse_loss(values, targets) for values in q_values]).sum()
+
+
 class Critic(BaseModel, ABC):
     """
-    The three methods of a critic. Its constructor takes what SB3's ``ContinuousCritic`` takes (``observation_space``,
+    The three methods of a critic, and ``td_loss()``, which has a default.
+
+    Its constructor takes what SB3's ``ContinuousCritic`` takes (``observation_space``,
     ``action_space``, ``net_arch``, ``features_extractor``, ``features_dim``, ``activation_fn``, ``normalize_images``,
     ``n_critics``, ``share_features_extractor``) and what ``policy_kwargs=dict(critic_kwargs=...)`` names.
     """
 
     # Whether it has a target network: without, ``DQS.critic_target`` is the critic itself
     has_target: ClassVar[bool] = True
-    # Arguments of Adam, where the user gives none
+    # Arguments of Adam, for critic and actor, where the user gives none
     adam_kwargs: ClassVar[dict[str, Any]] = {}
     optimizer: th.optim.Optimizer
 
@@ -99,10 +111,10 @@ class MlpCritic(ContinuousCritic, Critic):
     """
 
     def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        return th.cat(self(obs, actions), dim=1).min(dim=1, keepdim=True).values
+        return minimum(self(obs, actions))
 
     def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        return 0.5 * th.stack([F.mse_loss(q_values, targets) for q_values in self(obs, actions)]).sum()
+        return squared_errors(self(obs, actions), targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         return fast.energy(self.q_networks[0], self.extract_features(obs, self.features_extractor))

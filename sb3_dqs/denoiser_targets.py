@@ -246,7 +246,7 @@ class PosteriorMean(DenoiserTarget):
         return self.gradient if self._noise_level() < 0.5 else None
 
     def _noise_level(self) -> float:
-        """From 0 at low noise to 1 at high noise."""
+        """From 0 at low noise to 1 at high noise, also where the noise is NaN: the loss names it."""
         return _ramp(float(self.gradient_noise.value), self.low_noise, self.high_noise)
 
     def count_pooled(self, n_states: int) -> int:
@@ -273,8 +273,9 @@ class PosteriorMean(DenoiserTarget):
 
 
 def _ramp(value: float, low: float, high: float) -> float:
-    """From 0 at ``low`` and below to 1 at ``high`` and above."""
-    return min(max((value - low) / (high - low), 0), 1)
+    """From 0 at ``low`` and below to 1 at ``high`` and above; 1 for NaN."""
+    share = (value - low) / (high - low)
+    return max(share, 0) if share < 1 else 1
 
 
 class EnergyGradient(DenoiserTarget):

@@ -1,5 +1,6 @@
 """Diffusion Q-Sampling: the algorithm."""
 
+import inspect
 import io
 import math
 from collections import defaultdict
@@ -37,9 +38,10 @@ from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, ma
 from sb3_dqs.finite import LOAD_EARLIER, FiniteStepCallback, check_finite, check_parameters, find_not_finite
 from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
-from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode, locked, warn_once
+from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode, locked
 from sb3_dqs.saving import atomic, check_model_file
 from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
+from sb3_dqs.warn_once import warn_once
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
@@ -259,8 +261,8 @@ class DQS(OffPolicyAlgorithm):
             raise ValueError(f"`buffer_size` must fit into memory, got {self.buffer_size}: {error}.") from error
         self.policy_kwargs = policy_kwargs
         self._create_aliases()
-        for name, default in {"tau": 0.005, "target_update_interval": 1}.items():
-            if not self.critic.has_target and getattr(self, name) != default:
+        for name in () if self.critic.has_target else ("tau", "target_update_interval"):
+            if getattr(self, name) != inspect.signature(DQS.__init__).parameters[name].default:
                 warn_once(
                     f"`{name}={getattr(self, name)}` has no effect: {type(self.critic).__name__} has no target network; pass "
                     'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.'
@@ -633,6 +635,8 @@ class DQS(OffPolicyAlgorithm):
             "actor",
             "critic",
             "critic_target",
+            "batch_norm_stats",
+            "batch_norm_stats_target",
             "temperature",
             "target_estimator",
         ]

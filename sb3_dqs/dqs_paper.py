@@ -1,7 +1,7 @@
 """
 The paper's setting for RL Zoo: ``python -m rl_zoo3.train --algo dqs --conf-file sb3_dqs.dqs_paper --env ...``.
 
-Every entry of ``dqs.yml``, with the arguments that make DQS the published algorithm (https://arxiv.org/abs/2410.01312).
+Every entry of ``dqs.yml``, with SAC's critic and learning rate, and with the arguments that make DQS the published algorithm (https://arxiv.org/abs/2410.01312).
 """
 
 import yaml
@@ -25,6 +25,6 @@ def with_plain_critic(policy_kwargs: str) -> str:
 
 # The name that RL Zoo looks for
 hyperparams = {
-    env_id: {**entry, **PAPER, "policy_kwargs": with_plain_critic(entry.get("policy_kwargs", "dict()"))}
+    env_id: {"learning_rate": 3e-4, **entry, **PAPER, "policy_kwargs": with_plain_critic(entry.get("policy_kwargs", "dict()"))}
     for env_id, entry in yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8")).items()
 }

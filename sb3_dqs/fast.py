@@ -5,6 +5,7 @@ replaced. Inside ``with fast.disabled():`` all of them are plain.
 """
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -188,6 +189,7 @@ def energy(q_net: nn.Module, features: th.Tensor) -> Callable[[th.Tensor], th.Te
     return split
 
 
+@th.no_grad()
 def fold_batch_norm(net: nn.Module) -> nn.Module:
     """
     A network whose batch normalisation, by its running means, is multiplied into the linear layers behind it. Without
@@ -208,9 +210,8 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
                 return net
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             shift = norm.bias - norm.running_mean * scale
-            folded = nn.Linear(layer.in_features, layer.out_features, device="meta")  # no initialisation
-            folded.weight = nn.Parameter((layer.weight * scale).detach(), requires_grad=False)
-            folded.bias = nn.Parameter(F.linear(shift, layer.weight, layer.bias).detach(), requires_grad=False)
+            folded = copy.copy(layer)  # its parameters are replaced, not changed
+            folded._parameters = {"weight": layer.weight * scale, "bias": F.linear(shift, layer.weight, layer.bias)}
             layers.append(folded)
             norm = None
         elif is_plain(layer, BatchNorm):

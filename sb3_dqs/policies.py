@@ -3,12 +3,8 @@
 import contextlib
 import copy
 import functools
-import os
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +31,7 @@ from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.observations import zero_observations
 from sb3_dqs.saving import atomic
 from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
+from sb3_dqs.warn_once import warn_once
 
 CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
 # Arguments of the policy that go to the actor as they are
@@ -72,16 +69,6 @@ def locked(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return alone  # type: ignore[return-value]
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn once per process, at the line of the user."""
-    packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("sb3_dqs", "stable_baselines3"))
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 class DQSPolicy(BasePolicy):
@@ -279,7 +266,9 @@ class DQSPolicy(BasePolicy):
             with th.no_grad():
                 targets = call("backup_values", lambda: critic.backup_values(obs, actions[:, 0]), n_states, None)
             values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
-            loss = call("loss", lambda: critic.loss(obs, actions[:, 0].detach(), th.zeros_like(targets)))
+            first = actions[:, 0].detach()
+            call("loss", lambda: critic.loss(obs, first, th.zeros_like(targets)))
+            loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, th.zeros_like))
         if not has_gradient(values, [actions]):
             raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
         networks = [param for name, param in critic.named_parameters() if not name.startswith("features_extractor.")]

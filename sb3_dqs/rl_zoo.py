@@ -83,8 +83,6 @@ def sample_dqs_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
         "train_freq": trial.suggest_int("train_freq", 1, 10),
         "critic_class": trial.suggest_categorical("critic_class", list(CRITICS)),
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),
-        # Polyak coeff, for critics with a target network
-        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
         "ent_coef": trial.suggest_categorical(
             "ent_coef", ["auto", "auto_0.1", "log_linear_1.0_0.01", "log_linear_0.3_0.003", 0.3, 0.1, 0.03, 0.01]
@@ -95,6 +93,8 @@ def sample_dqs_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
         "denoiser_target": trial.suggest_categorical("denoiser_target", list(DENOISER_TARGETS)),
         "backup": trial.suggest_categorical("backup", BACKUPS),
     }
+    if params["critic_class"] == "mlp":  # the other has no target network
+        params["tau"] = trial.suggest_float("tau", 0.001, 0.08, log=True)
     if additional_args["using_her_replay_buffer"]:
         from rl_zoo3.hyperparams_opt import sample_her_params
 

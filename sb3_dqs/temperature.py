@@ -6,13 +6,13 @@ A temperature of your own is a :class:`Temperature`; pass an instance to ``DQS(e
 
 import copy
 import math
-import warnings
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_dqs.running_mean import RunningMean
+from sb3_dqs.warn_once import warn_once
 
 
 class Temperature(nn.Module):
@@ -159,18 +159,17 @@ class AutoTemperature(Temperature):
 
     @th.no_grad()
     def bound(self, q_spread: th.Tensor) -> None:
-        if not q_spread > 0:  # a critic that does not depend on the action gives no scale
+        if not 0 < q_spread < math.inf:  # a critic that does not depend on the action gives no scale
             return
         log_min = (q_spread * self.min_ratio).log()
         self.log_max.copy_((q_spread * self.max_ratio).log())
         is_highest = self.log_ent_coef >= self.log_max and self.mean_error.value < 0
         if (self.log_ent_coef < log_min or is_highest) and not self.has_warned:
             self.has_warned = True
-            warnings.warn(
+            warn_once(
                 f"ent_coef={self.log_ent_coef.exp().item():.2g} is at its bound: Q varies by {q_spread.item():.2g} over the "
                 f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it; choose a "
-                f"target_entropy nearer to the default, {-self.action_dim}.",
-                stacklevel=2,
+                f"target_entropy nearer to the default, {-self.action_dim}."
             )
         self.log_ent_coef.clamp_(min=log_min)
 

@@ -22,11 +22,12 @@ from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from toys import RandomEnv
 
-from sb3_dqs import DQS, CnnPolicy, MlpPolicy, policies
+from sb3_dqs import DQS, CnnPolicy, MlpPolicy
 from sb3_dqs.checks import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_arguments, check_policy
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import PosteriorMean
 from sb3_dqs.finite import check_finite
+from sb3_dqs.warn_once import warn_once
 
 NAN, INF = float("nan"), float("inf")
 BIG = 10**400  # not a float
@@ -179,10 +180,11 @@ class PairEnv(RandomEnv):
         super().__init__(spaces.Dict({"a": OBS, "b": OBS}), spaces.Box(-1, 1, (1,), np.float32))
 
 
-@pytest.mark.parametrize("name", ["n_steps", "optimize_memory_usage"])
-def test_replay_buffers_of_dictionaries(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be "):
-        DQS("MultiInputPolicy", PairEnv(), buffer_size=10, **{name: 3 if name == "n_steps" else True})
+def test_replay_buffers_of_dictionaries():
+    with pytest.raises(ValueError, match="`optimize_memory_usage` must be "):
+        DQS("MultiInputPolicy", PairEnv(), buffer_size=10, optimize_memory_usage=True)
+    with pytest.raises(AssertionError, match="not supported for Dict observation spaces"):  # SB3's
+        DQS("MultiInputPolicy", PairEnv(), buffer_size=10, n_steps=3)
 
 
 class OwnOption(MlpPolicy):
@@ -230,8 +232,8 @@ def test_what_means_something_is_accepted(kwargs, tmp_path):
     DQS.load(tmp_path / "model", env=gym.make("Pendulum-v1"), tau=Fraction(1, 4), n_copies=np.int16(1)).learn(10)
 
 
-def test_ignored_argumentswarn_once_at_the_line_of_the_user(make_model):
-    policies.warn_once.cache_clear()
+def test_ignored_arguments_warn_once_at_the_line_of_the_user(make_model):
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -241,7 +243,7 @@ def test_ignored_argumentswarn_once_at_the_line_of_the_user(make_model):
 
 
 def test_arguments_of_a_target_network_warn_where_there_is_none(make_model, recwarn):
-    policies.warn_once.cache_clear()
+    warn_once.cache_clear()
     make_model(policy_kwargs={"critic_class": "mlp"}, tau=0.02, target_update_interval=2)
     make_model()
     assert not [warning for warning in recwarn if "no effect" in str(warning.message)]

@@ -1,5 +1,6 @@
 """Parts of users: critics, estimators, temperatures, solvers, noise levels and augmentations, saved and loaded."""
 
+import math
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -7,9 +8,10 @@ from types import FunctionType
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv
 from torch import nn
-from toys import Recorder, RecordingCritic, same
+from toys import RandomEnv, Recorder, RecordingCritic, same
 
 from sb3_dqs import DQS
 from sb3_dqs.critics import MlpCritic
@@ -17,6 +19,7 @@ from sb3_dqs.denoiser_targets import EnergyGradient, GradientStep, PosteriorMean
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.solvers import dpm_solver_2m
 from sb3_dqs.temperature import AutoTemperature, Temperature
+from sb3_dqs.warn_once import warn_once
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from layer_norm_critic import LayerNormCritic
@@ -182,3 +185,18 @@ def test_augmentation_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_p
     seen = [density.obs, model.critic.seen[-1][0], model.critic_target.seen[-1][0]]
     assert all((obs > 90).all() for obs in seen) and not th.equal(*seen[1:])
     assert np.abs(model.replay_buffer.observations).max() < 90
+
+
+class TestBoundsOfTheTemperature:
+    def test_spread_of_q_is_that_of_uniform_actions(self, make_model):
+        """The standard deviation of U(-1, 1) is 1 / sqrt(3); that of its estimate from 20,000 pairs is 1 %."""
+        model = make_model(env=RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))))
+        model.critic.energy = lambda obs: lambda actions: 3 * actions[..., 0] + obs[:, :1]
+        assert model.q_spread(th.randn(20_000, 3)).item() == pytest.approx(math.sqrt(3), rel=0.05)
+
+    def test_training_lifts_a_temperature_that_changes_nothing(self, make_model):
+        warn_once.cache_clear()
+        model = make_model(ent_coef="auto_1e-30")
+        with pytest.warns(UserWarning, match="at its bound"):
+            model.learn(30)
+        assert model.ent_coef_tensor > 1e-12

@@ -15,9 +15,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 from toys import same
 
-from sb3_dqs import CnnPolicy, MlpPolicy, policies
+from sb3_dqs import CnnPolicy, MlpPolicy
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.policies import DQSPolicy
+from sb3_dqs.warn_once import warn_once
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -90,8 +91,8 @@ class TestArchitecture:
         assert isinstance(model.actor.features_extractor, NatureCNN) and isinstance(model.policy, CnnPolicy)
         assert model.actor.normalize_images == model.critic.normalize_images == (not is_normalized)
 
-    def test_ignored_arguments_of_sacwarn_once_each(self, make_model):
-        policies.warn_once.cache_clear()
+    def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
+        warn_once.cache_clear()
         with pytest.warns(UserWarning) as caught:
             make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
         messages = [str(warning.message) for warning in caught]

@@ -29,7 +29,7 @@ def make_images() -> FakeImageEnv:
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {**PAPER, "n_mc_samples": 32},
+    "paper": {**PAPER, "n_mc_samples": 32, "policy_kwargs": {"critic_class": "mlp"}},
     "hard backup": {"backup": "hard"},
     "fixed temperature": {"ent_coef": 0.1},
     "scheduled temperature": {"ent_coef": "log_linear_1.0_0.1"},

@@ -1,5 +1,7 @@
 """Batch-normalised critic: joint pass, folding, targets."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch as th
@@ -33,7 +35,7 @@ def batch(n: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
 def reference(network: nn.Sequential) -> nn.Sequential:
     """The same network with the layers of torch, in training mode."""
     layers = []
-    for layer in network:
+    for layer in copy.deepcopy(network):
         if isinstance(layer, BatchNorm):
             norm = nn.BatchNorm1d(len(layer.bias), layer.eps, layer.momentum).double()
             norm.load_state_dict(layer.state_dict(), strict=False)
@@ -51,8 +53,14 @@ def test_joint_pass_is_one_pass_of_both_with_gradients_of_the_first():
     for layer, other in zip(network, same, strict=True):
         if isinstance(layer, BatchNorm):
             assert th.allclose(layer.running_mean, other.running_mean) and th.allclose(layer.running_var, other.running_var)
-    values.sum().backward()
-    assert x.grad.any() and not next_values.requires_grad
+    assert not next_values.requires_grad
+    other = reference(network)
+    expected, next_expected = x, next_x
+    for layer in other:
+        expected, next_expected = layer(th.cat([expected, next_expected.detach()])).split([7, 4])
+    gradients = [th.autograd.grad(y.sum(), [x, *net.parameters()]) for y, net in ((values, network), (expected, other))]
+    assert all(th.allclose(*pair) for pair in zip(*gradients, strict=True))
+    assert not th.allclose(gradients[0][0], th.autograd.grad(reference(network)(th.cat([x, next_x]))[:7].sum(), x)[0])
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -121,6 +129,38 @@ def test_learns_the_discounted_sum_of_a_constant_reward():
     obs, actions, _, _ = batch(200)
     values = critic.backup_values(obs, actions)
     assert abs(values.mean().item() - 2) < 0.1 and values.std() < 0.3
+
+
+def test_critics_do_not_train_a_shared_extractor():
+    extractor = FlattenExtractor(OBS)
+    extractor.linear = nn.Linear(3, 3)
+    extractor.forward = lambda obs: extractor.linear(obs)
+    for share in (False, True):
+        critic = BatchNormCritic(OBS, ACTIONS, [8], extractor, 3, share_features_extractor=share)
+        extractor.zero_grad()
+        critic.td_loss(critic, *batch(6), lambda values: values).backward()
+        assert (extractor.linear.weight.grad is None) == share
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}])
+def test_bad_arguments(kwargs):
+    with pytest.raises(ValueError, match="`critic_kwargs` must have 0 < momentum <= 1 and eps > 0"):
+        BatchNormCritic(OBS, ACTIONS, [8], FlattenExtractor(OBS), 3, **kwargs)
+
+
+def test_arguments_of_adam_of_the_user_win():
+    policy_kwargs = dict(net_arch=[8], optimizer_kwargs=dict(betas=(0.8, 0.9)))
+    model = DQS("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, buffer_size=10)
+    assert model.critic.optimizer.defaults["betas"] == model.actor.optimizer.defaults["betas"] == (0.8, 0.9)
+
+
+def test_parameters_have_one_name_and_can_be_set(tmp_path):
+    model = DQS("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=10)
+    parameters = model.get_parameters()
+    assert not any("critic_target" in name for name in parameters["policy"])
+    parameters["policy"]["critic.q_networks.0.1.weight"] = th.full((8, 4), 0.25)
+    model.set_parameters(parameters)
+    assert (model.critic_target.q_networks[0][1].weight == 0.25).all()
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -1,0 +1,19 @@
+"""Warnings at the line of the user, once per process."""
+
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+PACKAGES = ("sb3_dqs", "stable_baselines3", "torch")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn once per process, at the line of the user."""
+    packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in PACKAGES)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
