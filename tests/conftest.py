@@ -5,12 +5,12 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch as th
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from sb3_dqs import DQS
 
 # No test depends on the time it takes
-settings.register_profile("no_deadline", deadline=None)
+settings.register_profile("no_deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no_deadline")
 
 # Small networks and batches: these tests check behaviour, not learning
