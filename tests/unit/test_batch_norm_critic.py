@@ -37,7 +37,7 @@ def reference(network: nn.Sequential) -> nn.Sequential:
     layers = []
     for layer in copy.deepcopy(network):
         if isinstance(layer, BatchNorm):
-            norm = nn.BatchNorm1d(len(layer.bias), layer.eps, layer.momentum).double()
+            norm = nn.BatchNorm1d(len(layer.bias), layer.eps, momentum=10 / 11).double()  # that of the first batch
             norm.load_state_dict(layer.state_dict(), strict=False)
             layer = norm
         layers.append(layer)
@@ -84,7 +84,7 @@ def test_not_folded_where_it_would_change_the_function():
     network[0].register_forward_hook(lambda *_: None)
     assert not any(layer is network[1] for layer in fast.fold_batch_norm(make_critic().q_networks[0]))
     assert isinstance(fast.fold_batch_norm(network)[0], BatchNorm)
-    activation_between = nn.Sequential(BatchNorm(2, 1e-3, 0.01), nn.ReLU(), nn.Linear(2, 1))
+    activation_between = nn.Sequential(BatchNorm(2, 1e-3, 0.01, 10.0), nn.ReLU(), nn.Linear(2, 1))
     assert fast.fold_batch_norm(activation_between) is activation_between
 
 
@@ -136,9 +136,20 @@ def test_critics_do_not_train_a_shared_extractor():
         assert (extractor.linear.weight.grad is None) == share
 
 
-@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}])
+def test_rate_of_the_running_means():
+    """Batches of mean m: the distance of the running mean to m shrinks by the product of (1 - rate)."""
+    norm = BatchNorm(1, 1e-3, momentum=0.25, warm_up=2.0)
+    distances = []
+    for _ in range(10):
+        norm.normalize(th.tensor([[4.0], [6.0]]))
+        distances.append(5 - norm.running_mean.item())
+    rates = [1 - after / before for before, after in zip([5.0, *distances], distances, strict=False)]
+    assert rates == pytest.approx([2 / 3, 2 / 4, 2 / 5, 2 / 6, 2 / 7, *[0.25] * 5], rel=1e-3)
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}])
 def test_bad_arguments(kwargs):
-    with pytest.raises(ValueError, match="`critic_kwargs` must have 0 < momentum <= 1 and eps > 0"):
+    with pytest.raises(ValueError, match="`critic_kwargs` must have 0 < momentum <= 1, eps > 0 and warm_up > 0"):
         BatchNormCritic(OBS, ACTIONS, [8], FlattenExtractor(OBS), 3, **kwargs)
 
 
