@@ -43,6 +43,7 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "TQC": (TQC, {}),
     "CrossQ": (CrossQ, {}),
     "DQS": (DQS, {}),
+    "DQS, plain critic": (DQS, {"policy_kwargs": {"critic_class": "mlp"}}),
     "DQS, compiled": (DQS, {"compile": True}),
     SINGLE: (DQS, {}),
     SLOW: (DQS, {**PAPER, "policy_kwargs": {"critic_class": "mlp"}}),
