@@ -48,8 +48,8 @@ class BatchNorm(nn.Module):
         :param x: shape (n, size), n at least 2
         :return: of the same shape
         """
-        self.num_batches_tracked += 1
-        rate = max(self.momentum, self.warm_up / (float(self.num_batches_tracked) + self.warm_up))
+        n_batches = self.num_batches_tracked.add_(1).item()
+        rate = max(self.momentum, self.warm_up / (n_batches + self.warm_up))
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
 
 
@@ -173,6 +173,7 @@ def training_pass(network: nn.Module, x: th.Tensor) -> th.Tensor:
     :param x: shape (n, size)
     :return: shape (n, 1)
     """
-    for layer in network.children():
-        x = layer.normalize(x) if isinstance(layer, BatchNorm) else layer(x)
+    layers = list(network.children())
+    for layer, function in zip(layers, fast.as_functions(layers), strict=True):
+        x = layer.normalize(x) if isinstance(layer, BatchNorm) else function(x)
     return x

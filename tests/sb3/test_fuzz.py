@@ -78,7 +78,23 @@ ACTIONS = [
     spaces.Discrete(3),
     spaces.MultiBinary(2),
 ]
-NUMBERS = [0, 1, 0.5, -0.5, 1e-3, 1e39, NAN, INF, None, "x", True, Fraction(1, 3), np.float64(0.9), np.float32(0.1), th.tensor(0.2)]
+NUMBERS = [
+    0,
+    1,
+    0.5,
+    -0.5,
+    1e-3,
+    1e39,
+    NAN,
+    INF,
+    None,
+    "x",
+    True,
+    Fraction(1, 3),
+    np.float64(0.9),
+    np.float32(0.1),
+    th.tensor(0.2),
+]
 COUNTS = [0, 1, 2, 3, -1, 2.5, 10**20, None, "x", True, np.int64(2), np.float64(2), np.uint8(3), th.tensor(2)]
 FLAGS = [True, False, None, 0, "x", np.bool_(True)]
 FUNCTIONS = [lambda p: 1e-3 * p, lambda p: 1e-3, lambda: 1e-3, lambda p: None, lambda p: NAN, lambda p: np.float32(1e-3)]
@@ -267,7 +283,10 @@ def run(cls: type[OffPolicyAlgorithm], case: Case, folder: Path) -> tuple[int, .
         elif step == "policy":
             model.policy.save(folder / "policy")
             policy = type(model.policy).load(folder / "policy", device="cpu")
-            expect(np.array_equal(*(p.predict(obs, deterministic=True)[0] for p in (policy, model.policy))), "another policy after load()")
+            expect(
+                np.array_equal(*(p.predict(obs, deterministic=True)[0] for p in (policy, model.policy))),
+                "another policy after load()",
+            )
         else:
             model.get_env().reset()
         actions, _ = model.predict(obs, deterministic=True)

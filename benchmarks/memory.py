@@ -1,0 +1,65 @@
+"""
+Memory of a process during many gradient steps: DQS beside SAC.
+
+    python benchmarks/memory.py --gradient-steps 15000
+
+One process per algorithm, small networks. Prints the resident memory after the first thousand steps and at the end, and the
+slope of the line through what lies between; every figure is a row of ``benchmarks/results/memory.csv``.
+"""
+
+import argparse
+import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
+from returns import find_algorithm
+
+EVERY = 500
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def run(name: str, gradient_steps: int) -> tuple[float, float, float]:
+    """
+    :return: memory after the first thousand steps and at the end in MiB, and the slope in KiB per thousand steps
+    """
+    use_one_thread()
+    model = find_algorithm(name)(
+        "MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [64, 64]}, buffer_size=2_000, seed=0, device="cpu"
+    )
+    model.learn(1_000)
+    memory = []
+    for _ in range(gradient_steps // EVERY):
+        model.train(EVERY, 64)
+        gc.collect()
+        memory.append(resident_mib())
+    slope = np.polyfit(EVERY / 1000 * np.arange(len(memory)), memory, 1)[0] * 1024
+    return memory[0], memory[-1], float(slope)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"])
+    parser.add_argument("--gradient-steps", type=int, default=15_000)
+    args = parser.parse_args()
+    print_provenance()
+    columns = ("first_mib", "last_mib", "slope_kib_per_1000_steps")
+    rows = []
+    for name in args.algos:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            values = pool.submit(run, name, args.gradient_steps).result()
+        rows.append([name, *(f"{value:.1f}" for value in values)])
+        append_rows(
+            RESULTS / "memory.csv",
+            [dict(zip(("algorithm", "gradient_steps", *columns), [name, args.gradient_steps, *rows[-1][1:]], strict=True))],
+        )
+    print_table(["algorithm", "MiB after 1,500 steps", "at the end", "slope, KiB per 1,000 steps"], rows)
+
+
+if __name__ == "__main__":
+    main()
