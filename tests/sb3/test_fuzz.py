@@ -141,7 +141,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     "augmentation": [None, th.nn.Identity(), th.nn.Identity, "x"],
 }  # fmt: skip
 POLICY_KWARGS: dict[str, list[Any]] = {
-    "net_arch": [[], [4], (4, 3), [np.int64(4)], {"pi": [4], "qf": [3, 2]}, {"pi": [], "qf": []}, {"pi": [4]}, [0], 8, "x", [2.5]],
+    "net_arch": [
+        [], [4], (4, 3), [np.int64(4)], {"pi": [4], "qf": [3, 2]}, {"pi": [], "qf": []}, {"pi": [4]}, [0], 8, "x", [2.5],
+    ],
     "activation_fn": [
         th.nn.ReLU, th.nn.Tanh, th.nn.Mish, th.nn.PReLU, functools.partial(th.nn.LeakyReLU, 0.1), lambda: th.nn.ELU(), "x",
         th.nn.Linear,
