@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Without a GPU the CPU build of torch is enough, and smaller by gigabytes, where pip can find it
 TORCH = torch==2.13.0
 
-.PHONY: demo test install pytest type lint format check-codestyle commit-checks
+.PHONY: demo test install pytest campaign type lint format check-codestyle commit-checks
 
 demo: install
 	$(BIN)/python examples/pendulum.py
@@ -24,6 +24,11 @@ $(VENV)/installed: pyproject.toml
 
 pytest:
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --cov
+
+campaign: install
+	$(BIN)/python -W ignore tests/sb3/test_fuzz.py --cases 10000
+	$(BIN)/python -W ignore tests/sb3/kills.py --kills 200 --inside 100
+	$(BIN)/python benchmarks/memory.py --gradient-steps 15000
 
 type:
 	$(BIN)/mypy

@@ -76,8 +76,8 @@ class BatchNormCritic(Critic):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether the features extractor is shared with the actor; the actor's loss alone then
         trains it
-    :param momentum: least rate of the running means; CrossQ's value. With 0.1 returns were lower (HalfCheetah-v5 and Hopper-v5,
-        10,000 steps, one seed each: 1267 and 654 instead of 4185 and 1122)
+    :param momentum: least rate of the running means; CrossQ's value. With 0.1 returns were lower (HalfCheetah-v5 and
+        Hopper-v5, 10,000 steps, one seed each: 1267 and 654 instead of 4185 and 1122)
     :param eps: added to the variances; CrossQ's value
     :param warm_up: the first running means change at the rate ``warm_up / (n + warm_up)`` after n updates, because the
         networks do. On SB3's ``IdentityEnvBox``, 400 steps, mean of eight seeds: 96 with it, 84 without
