@@ -6,7 +6,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_dqs import DQS
 
 th.set_num_threads(1)  # networks this small are no faster with more
-model = DQS("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, seed=0)
+model = DQS("MlpPolicy", "Pendulum-v1", seed=0)
 print("Training on Pendulum-v1 for 5,000 steps ...", flush=True)
 model.learn(total_timesteps=5_000, progress_bar=True)
 

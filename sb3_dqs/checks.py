@@ -1,6 +1,7 @@
 """Checks of what the user gives: one clear error, before any work starts."""
 
 import copy
+import difflib
 import inspect
 import math
 import operator
@@ -352,8 +353,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
     """
     if not issubclass(policy_class, DQSPolicy):
         raise ValueError(
-            f"policy={policy_class.__name__} is not a policy of DQS: pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs "
-            "(a file that another algorithm saved can only be loaded by that algorithm)."
+            f"policy={policy_class.__name__} is not a policy of DQS: load a file with the algorithm that saved it; for a new "
+            "model pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs."
         )
     if issubclass(policy_class, MultiInputPolicy) and not isinstance(observation_space, spaces.Dict):
         raise ValueError(
@@ -374,10 +375,11 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
     known -= {"args", "kwargs", "observation_space", "action_space", "lr_schedule"}
     for name, value in policy_kwargs.items():
         if name not in known:
-            raise ValueError(
-                f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; "
-                f"known are {', '.join(sorted(known - {'use_sde'}))}."
-            )
+            names = sorted(known - {"use_sde"})
+            close = difflib.get_close_matches(str(name), names, 1)
+            hint = f"did you mean {close[0]}? Known are {', '.join(names)}" if close else f"known are {', '.join(names)}"
+            hint = "it is one of DQS itself" if name in ARGUMENT_CHECKS else hint
+            raise ValueError(f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; {hint}.")
     extractor = policy_kwargs.get("features_extractor_class", DEFAULT_EXTRACTORS.get(policy_class))
     if extractor in DEFAULT_EXTRACTORS.values():
         _check_extractor_reads(observation_space)
@@ -418,6 +420,7 @@ def check_call(names: str, function: Callable, args: list[Any], own: dict[str, A
     except TypeError as error:
         problem = problem or str(error)
     if problem:
+        given = {name: value for name, value in given.items() if value is not None}
         raise ValueError(
             f"{names} must go together, got {_show(function)} and {_show(given)}: {problem}; "
             f"known arguments are {', '.join(signature.parameters)}."

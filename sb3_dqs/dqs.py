@@ -1,8 +1,10 @@
 """Diffusion Q-Sampling: the algorithm."""
 
+import copy
 import inspect
 import io
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -616,19 +618,33 @@ class DQS(OffPolicyAlgorithm):
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
             parameters, otherwise raises an Exception
         :param device: device on which the code should run
-        :raises ValueError: if a parameter is not finite, or the file is torn
+        :raises ValueError: if a parameter is not finite, the file is torn, or the parameters are of another model; nothing
+            is changed then
         """
+        start = "set_parameters(): nothing is changed"
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)
         else:
             check_model_file(load_path_or_dict)
+            start = f"set_parameters({load_path_or_dict}): nothing is changed"
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-        self._check_state(params, "set_parameters(): nothing is changed")
+        self._check_state(params, start)
         for name in ("temperature", "target_estimator"):
             own = getattr(self, name).state_dict()
             if name in params and own.keys().isdisjoint(params[name]):
                 params[name] = own
-        super().set_parameters(params, exact_match, device)
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(params, exact_match, device)
+        except Exception as error:
+            super().set_parameters(before, True, device)
+            if not isinstance(error, RuntimeError):  # torch's
+                raise
+            reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300)
+            raise ValueError(
+                f"{start}, because the parameters are those of another model ({reason}); build the model with the "
+                "`policy_kwargs` of the saved one, and with the algorithm that saved it."
+            ) from error
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + [  # noqa: RUF005

@@ -84,6 +84,10 @@ class FiniteStepCallback(BaseCallback):
             remedy += (
                 "; VecNormalize's statistics have taken the number in: load them from an earlier file (VecNormalize.load)"
             )
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        if self.model.n_envs > 1 and np.shape(parts[0])[:1] == (self.model.n_envs,) and not all(map(is_finite, parts)):
+            bad = [index for index in range(self.model.n_envs) if not all(is_finite(part[index]) for part in parts)]
+            what = f"{what} of environment {bad[0]} (of 0 to {self.model.n_envs - 1}; the step counts all of them)"
         check_finite(what, value, self.model.num_timesteps, f"{remedy}. Earlier checkpoints are not affected")
 
     def check_observation(self, what: str, obs: Any) -> None:

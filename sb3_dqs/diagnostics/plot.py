@@ -86,7 +86,7 @@ def plot_policy(
             origin="lower",
             extent=(-1, 1, -1, 1),
             cmap="Greys",
-            norm=PowerNorm(0.5, vmin=0),  # so that weak modes are seen
+            norm=PowerNorm(0.5, 0, max(1.0, density.max())),  # so that weak modes are seen, and the uniform 0.25 is pale
             interpolation="bilinear",
         )
         figure.colorbar(image, ax=ax, label="density of exp(Q / ent_coef) / Z")

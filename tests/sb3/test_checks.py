@@ -139,9 +139,16 @@ def test_bad_policy_kwargs(name, value):
     assert message.startswith(f"policy_kwargs: `{name}` must be ") and message.endswith(f", got {value!r}.")
 
 
-@pytest.mark.parametrize("name", ["net_arc", "ortho_init", "squash_output", "features_extractor"])
-def test_unknown_policy_kwargs(name):
-    with pytest.raises(ValueError, match=r"is not an argument of DQSPolicy; known are .*diffusion_steps.*net_arch") as error:
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("net_arc", r"did you mean net_arch\? Known are .*diffusion_steps.*net_arch"),
+        ("squash_output", r"known are .*diffusion_steps.*net_arch"),
+        ("n_mc_samples", "it is one of DQS itself"),
+    ],
+)
+def test_unknown_policy_kwargs(name, hint):
+    with pytest.raises(ValueError, match=f"is not an argument of DQSPolicy; {hint}") as error:
         DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={name: True})
     assert str(error.value).startswith(f"policy_kwargs: {name}=True ") and "use_sde" not in str(error.value)
 

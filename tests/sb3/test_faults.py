@@ -171,6 +171,13 @@ def test_numbers_beyond_single_precision(make_model, what, value):
         model.predict(np.full(2, value))
 
 
+def test_the_environment_at_fault_is_named(make_model):
+    env = DummyVecEnv([lambda: StepEnv(None), lambda: StepEnv(lambda obs, reward, done, info: (obs, NAN, done, info))])
+    env.envs[0].count = 100  # past the ninth step
+    with pytest.raises(ValueError, match=r"the reward of environment 1 \(of 0 to 1; .*\) is not finite at step 18"):
+        make_model(env=env).learn(20)
+
+
 @pytest.mark.parametrize("extra", [{"terminal_observation": NAN}, {"terminal_observation": "none"}, {"debug": NAN}])
 def test_infos_are_free_within_an_episode(make_model, extra):
     make_model(env=StepEnv(lambda obs, reward, done, info: (obs, reward, done, extra))).learn(30)

@@ -1,5 +1,6 @@
 """A kill, an exception or a full disk at any moment leaves the old file or the new one; torn and foreign files are named."""
 
+import copy
 import errno
 import io
 import os
@@ -18,7 +19,7 @@ import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback
-from toys import OneStepEnv
+from toys import OneStepEnv, same
 
 from sb3_dqs import DQS, saving
 from sb3_dqs.policies import DQSPolicy
@@ -175,8 +176,14 @@ def test_foreign_files(make_model, tmp_path):
     with pytest.raises(ValueError, match=r"photos: the file is torn, or no model that save\(\) wrote: it has no data"):
         DQS.load(tmp_path / "photos")
     SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save(tmp_path / "sac")
-    with pytest.raises(RuntimeError, match=r"actor\.latent_pi"):
-        model.set_parameters(tmp_path / "sac")
+    with pytest.raises(ValueError, match=r"policy=SACPolicy is not a policy of DQS: load a file with the algorithm that"):
+        DQS.load(tmp_path / "sac")
+    make_model(policy_kwargs={"net_arch": {"pi": [8], "qf": [4]}}).save(tmp_path / "other")
+    before = copy.deepcopy(model.get_parameters())
+    for path, key in ((tmp_path / "sac", r"actor\.gaussian"), (tmp_path / "other", r"size mismatch for critic")):
+        with pytest.raises(ValueError, match=rf"set_parameters\({path}\): nothing is changed, because .*{key}"):
+            model.set_parameters(path)
+    assert same(model.get_parameters(), before)
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
     other = ReplayBuffer(5, OneStepEnv.observation_space, OneStepEnv.action_space)
     (tmp_path / "other.pkl").write_bytes(pickle.dumps(other))
