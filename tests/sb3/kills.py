@@ -20,25 +20,34 @@ import torch as th
 
 from sb3_dqs import DQS, saving
 
+REPORT = struct.Struct("qq")
+
 
 def save_for_ever(model: DQS, folder: Path, report: int) -> None:
-    """Every second flush to the disk takes long, so that kills come inside a write."""
+    """
+    Counts, saves the count with model and buffer, and reports (count, 0) and (count, 1) when they are saved. Every second
+    flush to the disk takes long, so that kills come inside a write.
+    """
     fsync = os.fsync
     while True:
         model.num_timesteps += 1
         saving.os.fsync = fsync if model.num_timesteps % 2 else lambda file: (time.sleep(0.01), fsync(file))
         model.replay_buffer.count = model.num_timesteps
         model.save(folder / "model")
+        os.write(report, REPORT.pack(model.num_timesteps, 0))
         model.save_replay_buffer(folder / "buffer")
-        os.write(report, struct.pack("q", model.num_timesteps))
+        os.write(report, REPORT.pack(model.num_timesteps, 1))
 
 
-def kill_once(model: DQS, folder: Path) -> bool:
+def kill_once(model: DQS, folder: Path, saved: list[int]) -> bool:
     """
     One child, killed.
 
+    :param model: counts on from the count that is on the disk
+    :param folder: where the files are
+    :param saved: last counts that were reported as saved, of model and buffer; updated
     :return: whether it was inside a write, so that a temporary file is left
-    :raises AssertionError: if what it has reported as saved is not there
+    :raises AssertionError: if what was reported as saved is not there
     """
     reports, report = os.pipe()
     child = os.fork()
@@ -49,16 +58,18 @@ def kill_once(model: DQS, folder: Path) -> bool:
     os.waitpid(child, 0)
     os.close(report)
     with open(reports, "rb") as file:
-        content = file.read()
-    saved = struct.unpack(f"{len(content) // 8}q", content)[-1] if content else model.num_timesteps
+        for count, part in REPORT.iter_unpack(file.read()):
+            saved[part] = count
     left_overs = list(folder.glob(f".*{saving.SUFFIX}"))
     for path in left_overs:
         path.unlink()
     loaded = DQS.load(folder / "model", device="cpu")
     loaded.load_replay_buffer(folder / "buffer")
-    assert saved <= loaded.num_timesteps <= saved + 1, f"{saved} was saved, {loaded.num_timesteps} is there"
-    assert saved <= loaded.replay_buffer.count <= saved + 1, f"{saved} was saved, {loaded.replay_buffer.count} is there"
+    found = [loaded.num_timesteps, loaded.replay_buffer.count]
+    # A file that was renamed and not reported is newer
+    assert all(there >= reported for there, reported in zip(found, saved, strict=True)), f"{saved=}, {found=}"
     model.num_timesteps = loaded.num_timesteps
+    saved[:] = found
     return bool(left_overs)
 
 
@@ -69,13 +80,13 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     model = DQS("MlpPolicy", "Pendulum-v1", buffer_size=20, device="cpu", policy_kwargs={"net_arch": [32]}, seed=0)
-    kills = inside = 0
+    kills, inside, saved = 0, 0, [0, 0]
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "model")
         model.replay_buffer.count = 0
         model.save_replay_buffer(Path(folder) / "buffer")
         while kills < args.kills or inside < args.inside:
-            inside += kill_once(model, Path(folder))
+            inside += kill_once(model, Path(folder), saved)
             kills += 1
     print(f"{kills} kills, {inside} of them inside a write: nothing that was saved is lost")
 
