@@ -633,7 +633,7 @@ class DQS(OffPolicyAlgorithm):
             own = getattr(self, name).state_dict()
             if name in params and own.keys().isdisjoint(params[name]):
                 params[name] = own
-        before = copy.deepcopy(self.get_parameters())
+        before: dict[str, Any] = copy.deepcopy(self.get_parameters())
         try:
             super().set_parameters(params, exact_match, device)
         except Exception as error:
