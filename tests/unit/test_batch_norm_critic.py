@@ -17,8 +17,8 @@ from sb3_dqs.batch_norm_critic import BatchNorm, BatchNormCritic, training_pass
 OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
 
 
-def make_critic(net_arch=(16, 16), share=False) -> BatchNormCritic:
-    critic = BatchNormCritic(OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, share_features_extractor=share)
+def make_critic(net_arch=(16, 16), share=False, activation_fn=nn.ReLU) -> BatchNormCritic:
+    critic = BatchNormCritic(OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, activation_fn, share_features_extractor=share)
     for module in critic.modules():
         if isinstance(module, BatchNorm):
             module.running_mean.normal_()
@@ -55,6 +55,14 @@ def test_training_pass_is_that_of_batch_normalisation():
     weights = th.randn_like(values)
     gradients = [th.autograd.grad(y, [x, *net.parameters()], weights) for y, net in ((values, network), (expected, other))]
     assert all(th.allclose(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_a_layer_that_comes_twice():
+    activation = nn.Tanh()
+    twice, copies = make_critic(activation_fn=lambda: activation), make_critic(activation_fn=nn.Tanh)
+    copies.load_state_dict(twice.state_dict())
+    x = th.randn(7, 5)
+    assert th.equal(training_pass(twice.q_networks[0], x), training_pass(copies.q_networks[0], x))
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -145,11 +153,14 @@ def test_rate_of_the_running_means():
         distances.append(5 - norm.running_mean.item())
     rates = [1 - after / before for before, after in zip([5.0, *distances], distances, strict=False)]
     assert rates == pytest.approx([2 / 3, 2 / 4, 2 / 5, 2 / 6, 2 / 7, *[0.25] * 5], rel=1e-3)
+    other = BatchNorm(1, 1e-3, momentum=0.25, warm_up=2.0)
+    other.load_state_dict(norm.state_dict())
+    assert other.n_batches == copy.deepcopy(norm).n_batches == 10
 
 
-@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}])
+@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}, {"warm_up": float("inf")}, {"eps": "x"}])
 def test_bad_arguments(kwargs):
-    with pytest.raises(ValueError, match="`critic_kwargs` must have 0 < momentum <= 1, eps > 0 and warm_up > 0"):
+    with pytest.raises(ValueError, match="`critic_kwargs` must have positive numbers, momentum at most 1, got momentum="):
         BatchNormCritic(OBS, ACTIONS, [8], FlattenExtractor(OBS), 3, **kwargs)
 
 
