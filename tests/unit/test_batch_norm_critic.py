@@ -18,7 +18,9 @@ OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.f
 
 
 def make_critic(net_arch=(16, 16), share=False, activation_fn=nn.ReLU) -> BatchNormCritic:
-    critic = BatchNormCritic(OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, activation_fn, share_features_extractor=share)
+    critic = BatchNormCritic(
+        OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, activation_fn, share_features_extractor=share
+    )
     for module in critic.modules():
         if isinstance(module, BatchNorm):
             module.running_mean.normal_()
@@ -158,7 +160,9 @@ def test_rate_of_the_running_means():
     assert other.n_batches == copy.deepcopy(norm).n_batches == 10
 
 
-@pytest.mark.parametrize("kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}, {"warm_up": float("inf")}, {"eps": "x"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}, {"warm_up": float("inf")}, {"eps": "x"}]
+)
 def test_bad_arguments(kwargs):
     with pytest.raises(ValueError, match="`critic_kwargs` must have positive numbers, momentum at most 1, got momentum="):
         BatchNormCritic(OBS, ACTIONS, [8], FlattenExtractor(OBS), 3, **kwargs)
