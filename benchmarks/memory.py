@@ -3,13 +3,14 @@ Memory of a process during many gradient steps: DQS beside SAC.
 
     python benchmarks/memory.py --gradient-steps 15000
 
-One process per algorithm, small networks. Prints the resident memory after the first thousand steps and at the end, and the
-slope of the line through what lies between; every figure is a row of ``benchmarks/results/memory.csv``.
+One process per algorithm, small networks. Prints the resident memory after the first 500 gradient steps and at the end, and
+the slope of the line through what lies between; every figure is in a row of ``benchmarks/results/memory.csv``.
 """
 
 import argparse
 import gc
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -21,12 +22,12 @@ EVERY = 500
 
 def resident_mib() -> float:
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run(name: str, gradient_steps: int) -> tuple[float, float, float]:
     """
-    :return: memory after the first thousand steps and at the end in MiB, and the slope in KiB per thousand steps
+    :return: memory after the first ``EVERY`` gradient steps and at the end in MiB, and the slope in KiB per thousand steps
     """
     use_one_thread()
     model = find_algorithm(name)(
@@ -45,20 +46,17 @@ def run(name: str, gradient_steps: int) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"])
-    parser.add_argument("--gradient-steps", type=int, default=15_000)
+    parser.add_argument("--gradient-steps", type=int, default=15_000, help=f"at least {2 * EVERY}")
     args = parser.parse_args()
     print_provenance()
-    columns = ("first_mib", "last_mib", "slope_kib_per_1000_steps")
     rows = []
     for name in args.algos:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            values = pool.submit(run, name, args.gradient_steps).result()
-        rows.append([name, *(f"{value:.1f}" for value in values)])
-        append_rows(
-            RESULTS / "memory.csv",
-            [dict(zip(("algorithm", "gradient_steps", *columns), [name, args.gradient_steps, *rows[-1][1:]], strict=True))],
-        )
-    print_table(["algorithm", "MiB after 1,500 steps", "at the end", "slope, KiB per 1,000 steps"], rows)
+            first, last, slope = (round(value, 1) for value in pool.submit(run, name, args.gradient_steps).result())
+        row = {"algorithm": name, "gradient_steps": args.gradient_steps, "first_mib": first, "last_mib": last}
+        rows.append({**row, "slope_kib_per_1000_steps": slope})
+    append_rows(RESULTS / "memory.csv", rows)
+    print_table(rows[0], [row.values() for row in rows])
 
 
 if __name__ == "__main__":

@@ -375,8 +375,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
     known -= {"args", "kwargs", "observation_space", "action_space", "lr_schedule"}
     for name, value in policy_kwargs.items():
         if name not in known:
-            listed = ", ".join(sorted(known - {"use_sde"}))
-            close = difflib.get_close_matches(str(name), known, 1)
+            offered = sorted(known - {"use_sde"})
+            listed, close = ", ".join(offered), difflib.get_close_matches(str(name), offered, 1)
             hint = f"did you mean {close[0]}? Known are {listed}" if close else f"known are {listed}"
             hint = "it is one of DQS itself" if name in ARGUMENT_CHECKS else hint
             raise ValueError(f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; {hint}.")

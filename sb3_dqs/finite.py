@@ -69,36 +69,41 @@ class FiniteStepCallback(BaseCallback):
             if last_obs is not None:
                 if isinstance(new_obs, dict):
                     last_obs = {key: last_obs[key] for key in new_obs}
-                self.check_observation("the terminal observation", last_obs)
+                self.check_observation("the terminal observation", last_obs, index)
         return True
 
-    def check(self, what: str, value: Any) -> None:
+    def check(self, what: str, value: Any, env_index: int | None = None) -> None:
         """
         Stop at the first number that is not finite.
 
         :param what: what the value is, for the message
-        :param value: a number, an array or a dictionary of arrays
+        :param value: an array or a dictionary of arrays
+        :param env_index: the environment that the value is of; by default the value has a row per environment
         """
+        parts, n_envs = list(value.values()) if isinstance(value, dict) else [value], self.model.n_envs
+        if all(map(is_finite, parts)):
+            return
+        if env_index is None:
+            env_index = next(index for index in range(n_envs) if not all(is_finite(part[index]) for part in parts))
+        if n_envs > 1:
+            what = f"{what} of environment {env_index} (of 0 to {n_envs - 1}; the step counts all of them)"
         remedy = "Fix the environment (gymnasium's check_env and SB3's VecCheckNan find the place)"
         if self.model.get_vec_normalize_env() is not None:
             remedy += (
                 "; VecNormalize's statistics have taken the number in: load them from an earlier file (VecNormalize.load)"
             )
-        parts = list(value.values()) if isinstance(value, dict) else [value]
-        if self.model.n_envs > 1 and np.shape(parts[0])[:1] == (self.model.n_envs,) and not all(map(is_finite, parts)):
-            bad = [index for index in range(self.model.n_envs) if not all(is_finite(part[index]) for part in parts)]
-            what = f"{what} of environment {bad[0]} (of 0 to {self.model.n_envs - 1}; the step counts all of them)"
         check_finite(what, value, self.model.num_timesteps, f"{remedy}. Earlier checkpoints are not affected")
 
-    def check_observation(self, what: str, obs: Any) -> None:
+    def check_observation(self, what: str, obs: Any, env_index: int | None = None) -> None:
         """
         Not finite is right where the features extractor takes NaN or infinity for missing values.
 
         :param what: what the observation is, for the message
         :param obs: one, or a batch
+        :param env_index: the environment that one observation is of; by default there is a row per environment
         """
         try:
-            self.check(what, obs)
+            self.check(what, obs, env_index)
         except ValueError:
             vec_normalize = self.model.get_vec_normalize_env()
             is_averaged = vec_normalize is not None and vec_normalize.norm_obs

@@ -143,7 +143,10 @@ def test_bad_policy_kwargs(name, value):
     ("name", "hint"),
     [
         ("net_arc", r"did you mean net_arch\? Known are .*diffusion_steps.*net_arch"),
+        ("features_extractor", r"did you mean .*features_extractor.*\? Known are .*diffusion_steps.*net_arch"),
+        ("ortho_init", r"did you mean log_std_init\? Known are .*diffusion_steps.*net_arch"),
         ("squash_output", r"known are .*diffusion_steps.*net_arch"),
+        ("sde", r"known are .*diffusion_steps.*net_arch"),
         ("n_mc_samples", "it is one of DQS itself"),
     ],
 )

@@ -178,6 +178,17 @@ def test_the_environment_at_fault_is_named(make_model):
         make_model(env=env).learn(20)
 
 
+def test_the_environment_of_a_terminal_observation_is_named(make_model):
+    """The bad number is the second of two, and of the first of two environments."""
+
+    def spoil(obs, reward, done, info):
+        return np.array([0, NAN]), reward, done, info
+
+    env = DummyVecEnv([lambda: StepEnv(spoil, at_end=True), lambda: StepEnv(None)])
+    with pytest.raises(ValueError, match=r"the terminal observation of environment 0 \(of 0 to 1; .*\) is not finite"):
+        make_model(env=env).learn(20)
+
+
 @pytest.mark.parametrize("extra", [{"terminal_observation": NAN}, {"terminal_observation": "none"}, {"debug": NAN}])
 def test_infos_are_free_within_an_episode(make_model, extra):
     make_model(env=StepEnv(lambda obs, reward, done, info: (obs, reward, done, extra))).learn(30)

@@ -186,8 +186,8 @@ class Case:
 
 def some(names: dict[str, list[Any]], at_most: int) -> st.SearchStrategy[dict[str, Any]]:
     """Up to so many arguments, each with one of its values."""
-    pairs = [st.sampled_from(list(names)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(names[name])))]
-    return st.lists(pairs[0], max_size=at_most, unique_by=lambda pair: pair[0]).map(dict)
+    pairs = st.sampled_from(list(names)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(names[name])))
+    return st.lists(pairs, max_size=at_most, unique_by=lambda pair: pair[0]).map(dict)
 
 
 def mostly(values: list[Any], n_good: int) -> st.SearchStrategy[Any]:

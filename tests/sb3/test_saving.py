@@ -69,14 +69,17 @@ def test_left_overs_of_a_kill_are_swept(make_model, tmp_path):
 import os, sys
 from pathlib import Path
 from sb3_dqs import saving
-with saving.atomic(Path(sys.argv[1]), "zip") as file:
-    file.write(b"half")
+folder = Path(sys.argv[1])
+with saving.atomic(folder / "model", "zip") as model, saving.atomic(folder / "buffer", "pkl") as buffer:
+    model.write(b"half")
+    buffer.write(b"half")
     os._exit(1)
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "model"], check=False)
-    assert len(os.listdir(tmp_path)) == 1
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert len(os.listdir(tmp_path)) == 2
     make_model().save(tmp_path / "model")
-    assert os.listdir(tmp_path) == ["model.zip"]
+    make_model().save_replay_buffer(tmp_path / "buffer")
+    assert sorted(os.listdir(tmp_path)) == ["buffer.pkl", "model.zip"]
 
 
 def test_a_file_that_another_process_writes_is_not_swept(tmp_path):
