@@ -1,6 +1,7 @@
 """
 What MkDocs does to the pages besides its plugins: links out of ``docs/`` lead to the repository, equations become MathML
-(browsers show it without a script, also offline), and the roles of docstrings (``:class:``) are left out.
+(browsers show it without a script, also offline), the roles of docstrings (``:class:``) are left out, and ``\\|`` in the code
+of a table, which GitHub needs, is ``|``.
 """
 
 import re
@@ -10,6 +11,7 @@ from latex2mathml.converter import convert
 
 OUT_OF_DOCS = re.compile(r"\]\(\.\./([^)]+)\)")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+PIPE = re.compile(r"(?<=<code>)[^<]*\\\|[^<]*(?=</code>)")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):(?=<code>|<a )")
 
 
@@ -23,4 +25,5 @@ def on_page_content(html: str, **_: Any) -> str:
         latex = (inline or block).replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
         return f"<{tag}>{convert(latex.strip(), display='inline' if inline else 'block')}</{tag}>"
 
+    html = PIPE.sub(lambda match: match[0].replace("\\|", "|"), html)
     return ROLE.sub("", EQUATION.sub(to_mathml, html))
