@@ -215,10 +215,13 @@ def plot(costs: dict[str, dict[str, float]], growth: dict[str, np.ndarray], path
     for ax, (env_id, ratios) in zip(axes[0], costs.items(), strict=False):
         colors = ["tab:blue" if "DQS" in name else "silver" for name in ratios]
         bars = ax.barh(list(ratios), list(ratios.values()), color=colors)
-        ax.bar_label(bars, fmt=" %.3g", fontsize=8)
+        ax.bar_label(bars, fmt=" %.2f", fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", title=env_id, xlabel="cost of train(1, 256), SAC = 1")
-        ax.set_xlim(min(ratios.values()) / 1.5, 2.5 * max(ratios.values()))
+        ax.set(title=env_id, xlabel="cost of train(1, 256), SAC = 1")
+        if max(ratios.values()) > 10:  # the paper's setting
+            ax.set(xscale="log", xlim=(min(ratios.values()) / 1.5, 2.5 * max(ratios.values())))
+        else:
+            ax.set_xlim(0, 1.2 * max(ratios.values()))
         ax.tick_params(labelsize=8)
     if growth:
         ax = axes[0][-1]

@@ -3,7 +3,7 @@
 #
 # A bandit with one state, two action dimensions and four good actions of unequal value. The figure shows 1,000 actions of
 # DQS at four moments of its training, over the exact density exp(r / ent_coef) / Z, and those of SAC at the end.
-# 3,000 steps of both take about two minutes on one core; `STEPS=400 python multimodal_policy.py` is a quick look.
+# 2,000 steps of both take about two minutes on one core; `STEPS=400 python multimodal_policy.py` is a quick look.
 
 # %%
 import os
@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_dqs import DQS
 
-STEPS = int(os.environ.get("STEPS", "3000"))
+STEPS = int(os.environ.get("STEPS", "2000"))
 OUT = Path(os.environ.get("OUT", "."))
 ENT_COEF = 0.1
 CENTERS = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
@@ -102,6 +102,14 @@ figure = Figure(figsize=(3 * len(panels), 3.3), layout="constrained")
 for ax, (name, actions) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
     ax.contourf(axis, axis, density.T, levels=20, cmap="Greys")
     ax.plot(*actions.T, ".", markersize=2, color="tab:orange" if name.startswith("SAC") else "tab:blue")
-    ax.set(title=name, xlabel="first action dimension", aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
+    ax.set(
+        title=name,
+        xlabel="first action dimension",
+        xticks=[-1, 0, 1],
+        yticks=[-1, 0, 1],
+        aspect="equal",
+        xlim=(-1, 1),
+        ylim=(-1, 1),
+    )
 figure.axes[0].set_ylabel("second action dimension")
 figure.savefig(OUT / "multimodal_policy.png", dpi=120)
