@@ -1,7 +1,7 @@
 # %% [markdown]
 # # DQS in a pipeline made for SAC
 #
-# Vectorised environments, normalisation, an evaluation and a checkpoint callback: one name is exchanged. 3,000 steps of both
+# Vectorised environments, normalisation, an evaluation and a checkpoint callback: one name is exchanged. 2,000 steps of both
 # take about two minutes on one core; `STEPS=400 python sac_pipeline.py` is a quick look.
 
 # %%
@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dqs import DQS
 
-STEPS = int(os.environ.get("STEPS", "3000"))
+STEPS = int(os.environ.get("STEPS", "2000"))
 OUT = Path(os.environ.get("OUT", "."))
 th.set_num_threads(1)  # networks this small are no faster with more
 
