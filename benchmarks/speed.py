@@ -210,7 +210,7 @@ def read_costs() -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
 def plot(costs: dict[str, dict[str, float]], growth: dict[str, np.ndarray], path: Path) -> None:
     """Bars of the gradient step in units of SAC's, a panel per environment; and the growth, on logarithmic axes."""
     n_panels = len(costs) + bool(growth)
-    figure = Figure(figsize=(3.6 * n_panels, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * n_panels + 1.2, 3.0), layout="constrained")
     axes = figure.subplots(1, n_panels, squeeze=False)
     for ax, (env_id, ratios) in zip(axes[0], costs.items(), strict=False):
         colors = ["tab:blue" if "DQS" in name else "silver" for name in ratios]
