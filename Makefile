@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Without a GPU the CPU build of torch is enough, and smaller by gigabytes, where pip can find it
 TORCH = torch==2.13.0
 
-.PHONY: demo test install pytest campaign type lint format check-codestyle commit-checks
+.PHONY: demo test install pytest campaign docs figures type lint format check-codestyle commit-checks
 
 demo: install
 	$(BIN)/python examples/pendulum.py
@@ -29,6 +29,17 @@ campaign: install
 	$(BIN)/python -W ignore tests/sb3/test_fuzz.py --cases 10000
 	$(BIN)/python -W ignore tests/sb3/kills.py --kills 200 --inside 100
 	$(BIN)/python benchmarks/memory.py --gradient-steps 15000
+
+docs: install
+	$(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# The figures of README and docs, from the files in benchmarks/results/
+figures: install
+	$(BIN)/python benchmarks/bandit.py --report-only
+	$(BIN)/python benchmarks/tracking.py --report-only
+	$(BIN)/python benchmarks/speed.py --report-only
+	cp benchmarks/results/bandit.png benchmarks/results/tracking.png benchmarks/results/speed.png docs/
 
 type:
 	$(BIN)/mypy

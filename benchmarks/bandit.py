@@ -4,8 +4,9 @@ A bandit with four good actions of unequal value: does the policy keep all of th
     python benchmarks/bandit.py
 
 Trains DQS and SAC for the same steps at the same fixed temperature, draws 5,000 actions from each, prints the share of
-every mode beside the exact one (``exp(r / ent_coef) / Z`` integrated on a grid), and saves a figure of the last seed. Every
-run is a row of ``benchmarks/results/bandit.csv``. About ten minutes on one core per seed.
+every mode beside the exact one (``exp(r / ent_coef) / Z`` integrated on a grid), and saves 1,000 actions of the last seed
+(``benchmarks/results/bandit_actions.csv``) and a figure of them. Every run is a row of ``benchmarks/results/bandit.csv``.
+``--report-only`` draws the figure from the file. About ten minutes on one core per seed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
 from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
 from gymnasium import spaces
@@ -25,6 +27,7 @@ from sb3_dqs.diagnostics.metrics import box_grid
 CENTERS = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
 HEIGHTS = np.array([0.85, 0.9, 0.95, 1.0])
 WIDTH = 0.2
+ACTIONS = RESULTS / "bandit_actions.csv"
 
 
 def reward(actions: np.ndarray) -> np.ndarray:
@@ -71,7 +74,7 @@ def plot(actions: dict[str, np.ndarray], grid: np.ndarray, probabilities: np.nda
     axes = figure.subplots(1, len(actions), sharey=True)
     for ax, (name, drawn) in zip(axes, actions.items(), strict=True):
         ax.contourf(grid[..., 0], grid[..., 1], probabilities, levels=20, cmap="Greys")
-        ax.plot(*drawn[:1000].T, ".", markersize=2, color="tab:blue" if name == "DQS" else "tab:orange")
+        ax.plot(*drawn.T, ".", markersize=2, color="tab:blue" if name == "DQS" else "tab:orange")
         ax.set(title=f"{name}: 1,000 actions", xlabel="first action dimension", aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
     axes[0].set_ylabel("second action dimension")
     figure.suptitle("grey: exact density exp(Q / ent_coef) / Z")
@@ -83,11 +86,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--ent-coef", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--report-only", action="store_true", help="draw the figure from the file")
     args = parser.parse_args()
     use_one_thread()
     print_provenance()
 
     grid, probabilities = boltzmann_grid(args.ent_coef)
+    if not args.report_only:
+        train(args, grid, probabilities)
+    actions = {name: rows[["first", "second"]].to_numpy() for name, rows in pd.read_csv(ACTIONS).groupby("algorithm")}
+    plot(actions, grid, probabilities, RESULTS / "bandit.png")
+    print("figure:", RESULTS / "bandit.png")
+
+
+def train(args: argparse.Namespace, grid: np.ndarray, probabilities: np.ndarray) -> None:
+    """Train, and save shares and actions."""
     exact = np.bincount(mode_of(grid).ravel(), probabilities.ravel())
     modes = [f"mode_{mode}" for mode in range(4)]
     lines, actions = [["exact", "", *(f"{share:.3f}" for share in exact), ""]], {}
@@ -102,8 +115,8 @@ def main() -> None:
             append_rows(RESULTS / "bandit.csv", [row | dict(zip([*modes, "largest_error"], cells, strict=True))])
             lines.append([name, seed, *cells])
     print_table(["", "seed", *modes, "largest error"], lines)
-    plot(actions, grid, probabilities, RESULTS / "bandit.png")
-    print("figure:", RESULTS / "bandit.png")
+    frames = [pd.DataFrame(drawn[:1000].round(3), columns=["first", "second"]) for drawn in actions.values()]
+    pd.concat(frames, keys=actions, names=["algorithm", None]).droplevel(1).to_csv(ACTIONS, lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Batch 256, 256x256 networks, one torch thread. The algorithms take turns, so tha
 them; process CPU time (on a GPU: wall-clock time, ``--device cuda``), median of the repeats. Prints, for the sizes of several
 environments, the cost of a gradient step and of actions, the time of learning, and the peak of the memory of a process that
 does the same; then how the cost of a gradient step of DQS grows. Every figure is a row of ``benchmarks/results/speed.csv``;
-``speed.png`` beside it shows both.
+``speed.png`` beside it shows the last rows of each environment and of the growth, ``--report-only`` without measuring.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from common import RESULTS, SizedEnv, append_rows, print_provenance, print_table, use_one_thread
+from common import RESULTS, SizedEnv, append_rows, print_provenance, print_table, read_rows, use_one_thread
 from matplotlib.figure import Figure
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
@@ -189,26 +189,49 @@ def cost(name: str, measure: str, times: Times) -> str:
     return f"**{ratio:.2f}** ({1e3 * median:.2f} ms{spread})"
 
 
+def read_costs() -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """What :func:`plot` draws, from the CSV file: of each environment the rows of its last commit, and the last growth."""
+    rows = [row for row in read_rows(RESULTS / "speed.csv") if row["device"] == "cpu"]
+    seconds: dict[str, dict[str, float]] = {}
+    for env_id in ENVS:
+        chosen = [row for row in rows if (row["subject"], row["measure"]) == (env_id, TRAIN)]
+        if chosen:
+            last = [row for row in chosen if row["commit"] == chosen[-1]["commit"]]
+            seconds[env_id] = {row["variant"]: float(row["median"]) for row in last}
+    costs = {env_id: {name: s / times["SAC"] for name, s in times.items()} for env_id, times in seconds.items()}
+    growth = {}
+    for quantity, values in GROWTH.items():
+        last_of = {row["variant"]: float(row["median"]) for row in rows if row["measure"] == quantity}
+        if last_of:
+            growth[quantity] = np.array([last_of[str(value)] for value in values]) / last_of[str(values[0])]
+    return costs, growth
+
+
 def plot(costs: dict[str, dict[str, float]], growth: dict[str, np.ndarray], path: Path) -> None:
     """Bars of the gradient step in units of SAC's, a panel per environment; and the growth, on logarithmic axes."""
-    figure = Figure(figsize=(3.6 * (len(costs) + 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(costs) + 1, squeeze=False)
+    n_panels = len(costs) + bool(growth)
+    figure = Figure(figsize=(3.6 * n_panels + 1.2, 3.0), layout="constrained")
+    axes = figure.subplots(1, n_panels, squeeze=False)
     for ax, (env_id, ratios) in zip(axes[0], costs.items(), strict=False):
         colors = ["tab:blue" if "DQS" in name else "silver" for name in ratios]
         bars = ax.barh(list(ratios), list(ratios.values()), color=colors)
-        ax.bar_label(bars, fmt=" %.3g", fontsize=8)
+        ax.bar_label(bars, fmt=" %.2f", fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", title=env_id, xlabel="cost of train(1, 256), SAC = 1")
-        ax.set_xlim(min(ratios.values()) / 1.5, 2.5 * max(ratios.values()))
+        ax.set(title=env_id, xlabel="cost of train(1, 256), SAC = 1")
+        if max(ratios.values()) > 10:  # the paper's setting
+            ax.set(xscale="log", xlim=(min(ratios.values()) / 1.5, 2.5 * max(ratios.values())))
+        else:
+            ax.set_xlim(0, 1.2 * max(ratios.values()))
         ax.tick_params(labelsize=8)
-    ax = axes[0][-1]
-    for quantity, ratios in growth.items():
-        values = np.array(GROWTH[quantity])
-        ax.plot(values / values[0], ratios, marker=".", label=quantity)
-    ends = np.array([1, max(values[-1] / values[0] for values in GROWTH.values())])
-    ax.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="linear")
-    ax.set(xscale="log", yscale="log", xlabel="times as much", ylabel="times the cost", title="DQS")
-    ax.legend(fontsize=7)
+    if growth:
+        ax = axes[0][-1]
+        for quantity, ratios in growth.items():
+            values = np.array(GROWTH[quantity])
+            ax.plot(values / values[0], ratios, marker=".", label=quantity)
+        ends = np.array([1, max(values[-1] / values[0] for values in GROWTH.values())])
+        ax.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="linear")
+        ax.set(xscale="log", yscale="log", xlabel="times as much", ylabel="times the cost", title="DQS")
+        ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -220,15 +243,22 @@ def main() -> None:
     parser.add_argument("--paper-repeats", type=int, default=1, help="each takes seconds")
     parser.add_argument("--no-growth", action="store_true", help="leave the second table out")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--report-only", action="store_true", help="draw the figure from the file")
     args = parser.parse_args()
     if args.device == "cuda" and not th.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave the option out.")
     device_name = "cpu" if args.device == "cpu" else th.cuda.get_device_name()
     use_one_thread()
     print_provenance()
+    if not args.report_only:
+        measure(args, device_name)
+    plot(*read_costs(), RESULTS / "speed.png")
+    print("figure:", RESULTS / "speed.png")
 
+
+def measure(args: argparse.Namespace, device_name: str) -> None:
+    """Measure, print the tables, and save every figure."""
     names = [name for name in ALGORITHMS if name in {"SAC", *args.algos}]
-    costs: dict[str, dict[str, float]] = {}
     growth: dict[str, np.ndarray] = {}
     for env_id in args.envs:
         runs = {key: run for name in names for key, run in runs_of(name, env_id, args.device).items()}
@@ -237,8 +267,6 @@ def main() -> None:
         save(env_id, times, device_name)
         print(f"{env_id}, in units of SAC's cost (and absolute; spread: quartiles):\n")
         print_table(["", *MEASURES], [[name, *(cost(name, measure, times) for measure in MEASURES)] for name in names])
-        base = np.median(times["SAC", TRAIN])
-        costs[env_id] = {name: float(np.median(times[name, TRAIN]) / base) for name in names}
     for quantity in [] if args.no_growth else GROWTH:
         times = time_in_turns(growth_runs(quantity, args.device), args.device, args.repeats, args.repeats)
         save("growth", times, device_name)
@@ -252,8 +280,6 @@ def main() -> None:
             cells = [f"{value}: {ratio:.2f}" for value, ratio in zip(values, ratios, strict=True)]
             rows.append([quantity, ", ".join(cells), f"{values[-1] / values[0]:.0f}"])
         print_table(["", "cost", "linear would be"], rows)
-    plot(costs, growth, RESULTS / "speed.png")
-    print("figure:", RESULTS / "speed.png")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
             known = [row for row in chosen if is_known(row)]
             kept = f"{sum(map(is_kept, known))} of {len(known)}" if known else ""
             table.append([task, variant, seeds, steps[-1], *(f"{mean(key)[-1]:.2f}" for key in keys), kept])
-        upper.set(title=task, ylabel="mean action (dashed: exp(Q / ent_coef))")
+        upper.set(title=task, ylabel="mean action\n(dashed: exp(Q / ent_coef))")
         upper.legend(fontsize="small")
         lower.set(xlabel="environment steps", ylabel="entropy gap in nats")
         lower.axhline(0, color="black", linewidth=0.5)
