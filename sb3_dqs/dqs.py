@@ -378,15 +378,17 @@ class DQS(OffPolicyAlgorithm):
 
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
         """
-        Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, where the
-        estimator does not take next states, and where most transitions of the batch end an episode.
+        Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, and
+        always where the estimator does not take next states. No next state begins an episode: where a share p of the
+        transitions ends one, it is ``actor_loss()`` at every ``1 / (2 p)``-th update, rounded up, if that is more often.
 
         :param n_actor_updates: number of updates of the actor so far
         :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
         :return: True for ``actor_loss()``, False for ``next_actor_loss()``
         """
-        is_due = n_actor_updates % self.own_draws_freq == 0
-        return is_due or self.target_estimator.for_next_states is None or bool(dones.mean() > 0.5)
+        share = float(dones.mean())
+        freq = self.own_draws_freq if share == 0 else min(self.own_draws_freq, math.ceil(0.5 / share))
+        return n_actor_updates % freq == 0 or self.target_estimator.for_next_states is None
 
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """

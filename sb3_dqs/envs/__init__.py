@@ -1,5 +1,8 @@
 """Environments that show whether a policy keeps every good action; importing this package registers them."""
 
+from sb3_dqs.envs.delayed_best import DelayedBestEnv
+from sb3_dqs.envs.fork import ForkEnv
+from sb3_dqs.envs.keeper import KeeperEnv
 from sb3_dqs.envs.multigoal import MultiGoalEnv
 
-__all__ = ["MultiGoalEnv"]
+__all__ = ["DelayedBestEnv", "ForkEnv", "KeeperEnv", "MultiGoalEnv"]

@@ -1,0 +1,184 @@
+"""
+Tasks where it matters to keep several good actions: does the policy keep them, and what is that worth?
+
+    python benchmarks/exploration.py --tasks Keeper Fork DelayedBest --seeds 0 1 2 3 4 5 6 7 8 9
+
+- ``Keeper``: reward of 400 shots after training, against a keeper who dives to the favourite corner; the best is 0.75.
+- ``Fork``: three of the four openings are closed after training; share of the closings with a success in ten attempts. One
+  route kept is worth 0.25, all four 1.
+- ``DelayedBest``: mean return of 20 stochastic episodes at every 500 steps from 2,500 on: the better goal found early.
+
+DQS has SAC's critic here, and SAC the learning rate of DQS, so that the two differ in the policy alone. "SAC, equal entropy"
+tunes its temperature to the entropy that DQS had, mean over seeds; the measured entropies of both are in the rows.
+Every run is a row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
+bootstrap intervals, and saves a figure. One to two minutes on one core per run.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import sb3_contrib
+import stable_baselines3
+import torch as th
+from common import RESULTS, append_rows, bootstrap_interval, iqm, print_provenance, print_table, read_rows, use_one_thread
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+import sb3_dqs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STEPS = {"Keeper": 4_000, "Fork": 4_000, "DelayedBest": 5_000}
+TASK_KWARGS: dict[str, dict[str, Any]] = {
+    "Keeper": {},
+    # Random moves find all openings. The temperature is that at which rewards are worth what entropy is
+    "Fork": {"learning_starts": 1_000, "ent_coef": 1.0},
+    # Random moves find the far goal in few episodes
+    "DelayedBest": {"learning_starts": 2_000},
+}
+EQUAL_ENTROPY = "SAC, equal entropy"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DQS": ("DQS", {"policy_kwargs": {"critic_class": "mlp"}}),
+    "DQS, default critic": ("DQS", {}),
+    "SAC": ("SAC", {"learning_rate": 1e-3}),
+    EQUAL_ENTROPY: ("SAC", {"learning_rate": 1e-3, "ent_coef": "auto"}),
+    "SAC, default learning rate": ("SAC", {}),
+    "TQC": ("TQC", {"learning_rate": 1e-3}),
+    "CrossQ": ("CrossQ", {}),
+}
+
+
+def run_episode(model: OffPolicyAlgorithm, env: gym.Env, seed: int | None = None) -> tuple[float, dict[str, Any]]:
+    """Return of a stochastic episode, and its last info."""
+    obs, _ = env.reset(seed=seed)
+    total, done, info = 0.0, False, {}
+    while not done:
+        action, _ = model.predict(obs, deterministic=False)
+        obs, reward, terminated, truncated, info = env.step(action)
+        total, done = total + float(reward), terminated or truncated
+    return total, info
+
+
+def score_keeper(model: OffPolicyAlgorithm) -> float:
+    env = gym.make("sb3_dqs/Keeper-v0")
+    return float(np.mean([run_episode(model, env, seed=0 if shot == 0 else None)[0] for shot in range(400)]))
+
+
+def score_fork(model: OffPolicyAlgorithm, n_open: int = 1, n_attempts: int = 10, n_repeats: int = 5) -> float:
+    """Share of the closings that leave n_open openings in which one of the attempts, at least, reaches the goal."""
+    successes = []
+    for closed in itertools.combinations(range(4), 4 - n_open):
+        env = gym.make("sb3_dqs/Fork-v0", closed=closed)
+        for repeat in range(n_repeats):
+            attempts = (run_episode(model, env, seed=0 if i == repeat == 0 else None) for i in range(n_attempts))
+            successes.append(any("route" in info for _, info in attempts))
+    return float(np.mean(successes))
+
+
+def score_delayed_best(model: OffPolicyAlgorithm) -> float:
+    env = gym.make("sb3_dqs/DelayedBest-v0")
+    return float(np.mean([run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(20)]))
+
+
+SCORES = {"Keeper": score_keeper, "Fork": score_fork, "DelayedBest": score_delayed_best}
+
+
+def measured_entropy(model: Any) -> float:
+    """Mean over 256 replayed states of ``-log pi(a|s)`` of one action each."""
+    obs = model.replay_buffer.sample(256).observations
+    model.policy.set_training_mode(False)
+    with th.no_grad():
+        return -float(model.actor.action_log_prob(obs)[1].mean())
+
+
+def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dict[str, Any]:
+    """Row of one training."""
+    use_one_thread()
+    name, kwargs = VARIANTS[variant]
+    kwargs = {**TASK_KWARGS[task], **kwargs}
+    if target_entropy is not None:
+        kwargs["target_entropy"] = target_entropy
+    modules = (sb3_dqs, stable_baselines3, sb3_contrib)
+    cls = next(getattr(module, name) for module in modules if hasattr(module, name))
+    model = cls("MlpPolicy", f"sb3_dqs/{task}-v0", seed=seed, device="cpu", **kwargs)
+    scores = []
+    for step in range(500, STEPS[task] + 1, 500):
+        model.learn(500, reset_num_timesteps=step == 500, log_interval=10**9)
+        if step == STEPS[task] or (task == "DelayedBest" and step >= 2_500):
+            scores.append(SCORES[task](model))
+    env = gym.make(f"sb3_dqs/{task}-v0")
+    returns = [run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(100)]
+    values = {"score": np.mean(scores), "return": np.mean(returns), "entropy": measured_entropy(model)}
+    row: dict[str, Any] = {"task": task, "variant": variant, "seed": seed, "steps": STEPS[task]}
+    return row | {name: round(float(value), 4) for name, value in values.items()}
+
+
+def run_all(jobs: list[tuple[str, str, int]], n_processes: int, path: Path) -> None:
+    """Those that need the entropy of DQS come last."""
+    for is_last in (False, True):
+        with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            futures = []
+            for task, variant, seed in jobs:
+                if (variant == EQUAL_ENTROPY) == is_last:
+                    rows = [row for row in read_rows(path) if (row["task"], row["variant"]) == (task, "DQS")]
+                    target_entropy = float(np.mean([float(row["entropy"]) for row in rows])) if is_last else None
+                    futures.append(pool.submit(run, task, variant, seed, target_entropy))
+            for i, future in enumerate(as_completed(futures), start=1):
+                append_rows(path, [future.result()])
+                print(f"done {i}/{len(futures)}: {future.result()}", flush=True)
+
+
+def report(rows: list[dict[str, str]], path: Path) -> None:
+    """Table and figure of the scores."""
+    tasks, variants = ([name for name in names if any(name == row[key] for row in rows)]
+                       for key, names in (("task", STEPS), ("variant", VARIANTS)))  # fmt: skip
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    table = []
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for i, variant in enumerate(reversed(variants)):
+            chosen = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
+            if not chosen:
+                continue
+            scores = np.array([float(row["score"]) for row in chosen])
+            mean, (low, high) = iqm(scores), bootstrap_interval(scores)
+            means = [f"{np.mean([float(row[key]) for row in chosen]):.2f}" for key in ("return", "entropy")]
+            table.append([task, variant, len(chosen), f"{mean:.2f} ({low:.2f} to {high:.2f})", *means])
+            color = "C0" if variant.startswith("DQS") else "C1"
+            ax.barh(i, mean, color=color, alpha=0.5)
+            ax.plot([low, high], [i, i], color="black")
+            ax.plot(scores, np.full(len(scores), i), ".", color=color)
+        ax.set_yticks(range(len(variants)), reversed(variants) if ax is axes[0, 0] else [""] * len(variants))
+        ax.set(title=task, xlabel="score (bar: IQM, line: 95 %, points: seeds)")
+    order = {variant: i for i, variant in enumerate(variants)}
+    table.sort(key=lambda line: (tasks.index(line[0]), order[line[1]]))
+    print_table(["task", "algorithm", "seeds", "score: IQM (95 % interval)", "return", "entropy"], table)
+    figure.savefig(path, dpi=120)
+    print("figure:", path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--variants", nargs="+", default=["DQS", "SAC", "SAC, equal entropy"], choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "exploration.csv")
+    parser.add_argument("--report-only", action="store_true", help="print what the file has")
+    args = parser.parse_args()
+    print_provenance()
+    done = {(row["task"], row["variant"], int(row["seed"])) for row in read_rows(args.out)}
+    if not args.report_only:
+        jobs = [(task, variant, seed) for task in args.tasks for seed in args.seeds for variant in args.variants]
+        run_all([job for job in jobs if job not in done], args.processes, args.out)
+    report([row for row in read_rows(args.out) if int(row["seed"]) in args.seeds], args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
