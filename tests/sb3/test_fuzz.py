@@ -118,12 +118,12 @@ class Outcome(NamedTuple):
     """
     Of an attempt that worked.
 
-    :param counts: what DQS and SAC must agree on: steps, updates, rows of the buffer
+    :param counts: what DQS and SAC must agree on: steps, updates, rows of the buffer, of all models that have learnt
     :param moved: whether the actor and the critic have learnt
     :param fingerprint: a function of all weights, not finite if one of them is not
     """
 
-    counts: tuple[int, ...]
+    counts: list[tuple[int, ...]]
     moved: tuple[bool, ...]
     fingerprint: float
 
@@ -154,6 +154,10 @@ def build(cls: type[OffPolicyAlgorithm], case: Case, env: VecEnv, folder: Path, 
     if isinstance(arguments.get("tensorboard_log"), (str, Path)):
         arguments["tensorboard_log"] = str(folder / arguments["tensorboard_log"])
     return cls(**{**case.defaults(), "env": env, "policy_kwargs": policy_kwargs, **arguments, **changes})
+
+
+def counts(model: OffPolicyAlgorithm) -> tuple[int, ...]:
+    return model.num_timesteps, model._n_updates, model.replay_buffer.size()
 
 
 def state(module: th.nn.Module) -> dict[str, th.Tensor]:
@@ -191,6 +195,7 @@ class Protocols:
 
     def __init__(self, model: OffPolicyAlgorithm, case: Case, obs: Any, folder: Path):
         self.model, self.case, self.obs, self.folder, self.cls = model, case, obs, folder, type(model)
+        self.counts: list[tuple[int, ...]] = []  # of the models that went on
 
     def action(self, model: Any) -> np.ndarray:
         return model.predict(self.obs, deterministic=True)[0]
@@ -212,6 +217,7 @@ class Protocols:
         loaded = self.reloaded()
         loaded.learn(MORE_STEPS, reset_num_timesteps=False)
         expect(loaded.num_timesteps >= self.model.num_timesteps + MORE_STEPS, "load() does not go on")
+        self.counts.append(counts(loaded))
 
     def buffer(self) -> None:
         loaded = self.reloaded()
@@ -269,7 +275,7 @@ def run(cls: type[OffPolicyAlgorithm], case: Case, folder: Path) -> Outcome:
     env.action_space.seed(case.number % 2**31)  # `seed=None` leaves it as it is
     model = build(cls, case, env, folder)
     for name, value in case.arguments.items():
-        if isinstance(value, (Real, np.number)) and hasattr(model, name) and name != "train_freq":
+        if isinstance(value, (Real, np.number, th.Tensor)) and hasattr(model, name) and name != "train_freq":
             expect(float(getattr(model, name)) == float(value), f"`{name}` became {getattr(model, name)!r}")
     before = state(model.actor), state(model.critic)
     model.learn(STEPS)
@@ -285,7 +291,7 @@ def run(cls: type[OffPolicyAlgorithm], case: Case, folder: Path) -> Outcome:
     for step in case.protocol:
         getattr(protocols, "continue_" if step == "continue" else step)()
     fingerprint = sum(parameter.detach().double().abs().sum().item() for parameter in model.policy.parameters())
-    return Outcome((model.num_timesteps, model._n_updates, model.replay_buffer.size()), moved, fingerprint)
+    return Outcome([counts(model), *protocols.counts], moved, fingerprint)
 
 
 @contextlib.contextmanager
@@ -300,7 +306,7 @@ def alone(number: int) -> Iterator[Path]:
     np.random.seed(number % 2**32)
     th.manual_seed(number)
     old_handler = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)  # again, where Python ignores what a destructor raises
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -626,6 +632,43 @@ def test_verdict(cls, changes, column, monkeypatch):
     if cls is Loops:
         monkeypatch.setitem(globals(), "SECONDS", 1)
     assert verdict(dataclasses.replace(SIMPLE, **changes), cls)[0] == column
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refusal"),
+    [
+        ("`batch_size` must be an integer >= 1, got 0.", True),
+        ("batch_size=0: it is no size, pass 1.", True),
+        ("`batch_size` must be an integer >= 0, got 10.", False),
+        ("`batch_size` must be an integer >= 0.", False),
+        ("`batch_size` is wrong, got 0.", False),
+        ("batch_size must be an integer >= 1, got 0.", False),
+        ("batch_size=0.5: it is no size, pass 1.", False),
+        ("`my_batch_size` must be an integer >= 1, got 0.", False),
+        ("`tau` must be above 0, got 0.", False),
+        ("env: the action space must be another, got 0.", False),
+    ],
+)
+def test_refusals_name_argument_value_and_remedy(text, is_refusal):
+    case = dataclasses.replace(SIMPLE, arguments={"batch_size": 0})
+    assert named(ValueError(text), case) == ({"batch_size"} if is_refusal else set())
+    assert named(TypeError(text), case) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_named"),
+    [
+        ("the reward of environment 1 (of 0 to 1) is not finite at step 8: [0 nan]. Fix the environment.", True),
+        ("the reward of environment 0 (of 0 to 1) is not finite at step 8: [0 nan]. Fix the environment.", False),
+        ("the reward is not finite at step 8: [0 nan]. Fix the environment.", False),
+        ("the observation of environment 1 (of 0 to 1) is not finite at step 8: [0 nan]. Fix the environment.", False),
+        ("the reward of environment 1 (of 0 to 1) is not finite at step 8. Fix the environment.", False),
+        ("the reward of environment 1 (of 0 to 1) is not finite at step 8: [0 nan].", False),
+    ],
+)
+def test_planted_faults_are_named_with_environment_value_and_remedy(text, is_named):
+    case = dataclasses.replace(SIMPLE, fault="reward nan", n_envs=2)
+    assert names_fault(ValueError(text), case) == is_named and not names_fault(RuntimeError(text), case)
 
 
 @pytest.mark.parametrize("step", ["policy", "deepcopy"])
