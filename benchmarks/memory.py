@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"])
     parser.add_argument("--gradient-steps", type=int, default=15_000, help=f"at least {2 * EVERY}")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="largest slope of DQS, in KiB per 1,000 gradient steps")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest slope of DQS, for 15,000 gradient steps")
     args = parser.parse_args()
     if args.gradient_steps < 2 * EVERY:
         parser.error(f"--gradient-steps must be at least {2 * EVERY}, got {args.gradient_steps}")

@@ -371,8 +371,8 @@ class DQS(OffPolicyAlgorithm):
         if logs:
             # One transfer from a GPU
             means = th.stack([th.stack(values).mean().to(self.device) for values in logs.values()]).tolist()
+            remedy = f"To go on, {LOAD_EARLIER} ({learning_rate=})"
             for name, mean in zip(logs, means, strict=True):
-                remedy = f"To go on, {LOAD_EARLIER} (learning_rate={learning_rate})"
                 check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
         check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)
