@@ -25,8 +25,9 @@ $(VENV)/installed: pyproject.toml
 pytest:
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --cov
 
+# Each part ends with status 1 if it finds a fault
 campaign: install
-	$(BIN)/python -W ignore tests/sb3/test_fuzz.py --cases 10000
+	$(BIN)/python -W ignore tests/sb3/test_fuzz.py --cases 10000 --jobs 2
 	$(BIN)/python -W ignore tests/sb3/kills.py --kills 200 --inside 100
 	$(BIN)/python benchmarks/memory.py --gradient-steps 15000
 

@@ -4,13 +4,15 @@ Memory of a process during many gradient steps: DQS beside SAC.
     python benchmarks/memory.py --gradient-steps 15000
 
 One process per algorithm, small networks. Prints the resident memory after the first 500 gradient steps and at the end, and
-the slope of the line through what lies between; every figure is in a row of ``benchmarks/results/memory.csv``.
+the slope of the line through what lies between; every figure is in a row of ``benchmarks/results/memory.csv``. Ends with
+status 1 if the slope of DQS is above the limit.
 """
 
 import argparse
 import gc
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -18,6 +20,8 @@ from common import RESULTS, append_rows, print_provenance, print_table, use_one_
 from returns import find_algorithm
 
 EVERY = 500
+# KiB per 1,000 gradient steps: 10 bytes per step, less than the smallest Python object
+LIMIT = 10.0
 
 
 def resident_mib() -> float:
@@ -43,11 +47,14 @@ def run(name: str, gradient_steps: int) -> tuple[float, float, float]:
     return memory[0], memory[-1], float(slope)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"])
     parser.add_argument("--gradient-steps", type=int, default=15_000, help=f"at least {2 * EVERY}")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest slope of DQS, for 15,000 gradient steps")
     args = parser.parse_args()
+    if args.gradient_steps < 2 * EVERY:
+        parser.error(f"--gradient-steps must be at least {2 * EVERY}, got {args.gradient_steps}")
     print_provenance()
     rows = []
     for name in args.algos:
@@ -57,7 +64,12 @@ def main() -> None:
         rows.append({**row, "slope_kib_per_1000_steps": slope})
     append_rows(RESULTS / "memory.csv", rows)
     print_table(rows[0], [row.values() for row in rows])
+    slopes = {row["algorithm"]: row["slope_kib_per_1000_steps"] for row in rows}
+    if slopes.get("DQS", 0.0) > args.limit:
+        print(f"DQS grows by {slopes['DQS']} KiB per 1,000 gradient steps, the limit is {args.limit}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

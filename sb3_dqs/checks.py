@@ -28,6 +28,7 @@ from torch import nn
 
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import DENOISER_TARGETS, DenoiserTarget
+from sb3_dqs.finite import is_finite
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.policies import CRITICS, CnnPolicy, DQSPolicy, MultiInputPolicy
 from sb3_dqs.temperature import make_temperature
@@ -356,7 +357,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
             f"policy={policy_class.__name__} is not a policy of DQS: load a file with the algorithm that saved it; for a new "
             "model pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs."
         )
-    if issubclass(policy_class, MultiInputPolicy) and not isinstance(observation_space, spaces.Dict):
+    reads_dict = issubclass(policy_class, MultiInputPolicy) and "features_extractor_class" not in policy_kwargs
+    if reads_dict and not isinstance(observation_space, spaces.Dict):
         raise ValueError(
             f'policy=MultiInputPolicy needs dictionary observations, but they are {observation_space}; pass "MlpPolicy", '
             'or "CnnPolicy" for images.'
@@ -441,8 +443,8 @@ def check_replay_buffer(arguments: dict[str, Any], observation_space: gym.Space,
         buffer_class = DictReplayBuffer if is_dict else ReplayBuffer
     elif issubclass(buffer_class, DictReplayBuffer) and not is_dict:
         raise ValueError(
-            f"`replay_buffer_class` {buffer_class.__name__} needs dictionary observations, but they are {observation_space}; "
-            "leave the argument out, or give the observations names."
+            f"replay_buffer_class={buffer_class.__name__}: it needs dictionary observations, but they are "
+            f"{observation_space}; leave the argument out, or give the observations names."
         )
     if issubclass(buffer_class, DictReplayBuffer) and arguments["optimize_memory_usage"]:
         raise ValueError(f"`optimize_memory_usage` must be False for {buffer_class.__name__}, got True.")
@@ -474,14 +476,14 @@ def check_action_noise(action_noise: ActionNoise | None, action_space: spaces.Bo
 
     :param action_noise: of one environment
     :param action_space: of the environment
-    :raises ValueError: if the noise fails, has another shape than an action, or is NaN
+    :raises ValueError: if the noise fails, has another shape than an action, or is not finite
     """
     if action_noise is None or isinstance(action_noise, VectorizedActionNoise):
         return
     states = np.random.get_state(), random.getstate()
     try:
         noise: Any = np.asarray(copy.deepcopy(action_noise)(), np.float64)
-        is_valid = np.broadcast_shapes(noise.shape, action_space.shape) == action_space.shape and not np.isnan(noise).any()
+        is_valid = np.broadcast_shapes(noise.shape, action_space.shape) == action_space.shape and is_finite(noise)
     except Exception as error:
         noise, is_valid = error, False
     finally:
@@ -489,7 +491,7 @@ def check_action_noise(action_noise: ActionNoise | None, action_space: spaces.Bo
         random.setstate(states[1])
     if not is_valid:
         raise ValueError(
-            f"`action_noise` must give numbers of the shape {action_space.shape} of an action, got {noise!r} from "
+            f"`action_noise` must give finite numbers of the shape {action_space.shape} of an action, got {noise!r} from "
             f"{action_noise!r}."
         )
 

@@ -371,10 +371,11 @@ class DQS(OffPolicyAlgorithm):
         if logs:
             # One transfer from a GPU
             means = th.stack([th.stack(values).mean().to(self.device) for values in logs.values()]).tolist()
+            remedy = f"To go on, {LOAD_EARLIER} ({learning_rate=})"
             for name, mean in zip(logs, means, strict=True):
-                check_finite(f"train/{name}", mean, self.num_timesteps, f"To go on, {LOAD_EARLIER}")
+                check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
-        check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps)
+        check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)
 
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
         """
@@ -518,11 +519,16 @@ class DQS(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        actions = super()._sample_action(learning_starts, action_noise, n_envs)
-        if action_noise is not None:
-            remedy = "It is NaN after the noise was added; mend `action_noise`"
-            check_finite("`action_noise`: the action", actions[1], self.num_timesteps, remedy)
-        return actions
+        if action_noise is None:
+            return super()._sample_action(learning_starts, None, n_envs)
+        draw = action_noise  # for type checker
+
+        def checked_noise() -> np.ndarray:
+            noise = draw()
+            check_finite("`action_noise`: the noise", noise, self.num_timesteps, "Mend `action_noise`")
+            return noise
+
+        return super()._sample_action(learning_starts, checked_noise, n_envs)  # type: ignore[arg-type]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)

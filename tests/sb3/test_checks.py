@@ -19,7 +19,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from toys import RandomEnv
 
 from sb3_dqs import DQS, CnnPolicy, MlpPolicy
@@ -161,7 +161,7 @@ def test_unknown_policy_kwargs(name, hint):
     [
         ("replay_buffer_kwargs", {"replay_buffer_kwargs": {"alpha": 0.6}}),
         ("replay_buffer_kwargs", {"replay_buffer_kwargs": {"n_envs": 2}}),
-        ("replay_buffer_class", {"replay_buffer_class": HerReplayBuffer}),
+        ("replay_buffer_class=HerReplayBuffer: it needs dict", {"replay_buffer_class": HerReplayBuffer}),
         ("features_extractor_class", {"policy_kwargs": {"features_extractor_class": th.nn.Bilinear}}),
         ("features_extractor_kwargs", {"policy_kwargs": {"features_extractor_kwargs": {"cnn_output_dim": 8}}}),
         ("critic_kwargs", {"policy_kwargs": {"critic_kwargs": {"n_quantiles": 25}}}),
@@ -169,6 +169,7 @@ def test_unknown_policy_kwargs(name, hint):
         ("optimizer_kwargs", {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"betas": (0.9, 0.9)}}}),
         ("action_noise", {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}),
         ("action_noise", {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), np.full(1, NAN))}),
+        ("`action_noise` must give finite numbers", {"action_noise": NormalActionNoise(np.zeros(1), np.full(1, INF))}),
         ("ent_coef", {"ent_coef": lambda: 0.1}),
         ("ent_coef", {"ent_coef": lambda progress: [progress]}),
         ("learning_rate", {"learning_rate": lambda a, b: 1e-3}),
@@ -341,6 +342,13 @@ class Joined(BaseFeaturesExtractor):
 def test_an_extractor_of_ones_own_may_read_more(make_model):
     space = spaces.Dict({"arm.left": OBS, "": OBS})
     make_model("MultiInputPolicy", RandomEnv(space, ACTIONS), policy_kwargs={"features_extractor_class": Joined}).learn(30)
+
+
+def test_policies_of_dictionaries(make_model):
+    """An extractor that reads other observations, too, is the user's choice, as in SAC."""
+    with pytest.raises(ValueError, match="policy=MultiInputPolicy needs dictionary observations"):
+        make_model("MultiInputPolicy", RandomEnv(OBS, ACTIONS))
+    make_model("MultiInputPolicy", RandomEnv(OBS, ACTIONS), policy_kwargs={"features_extractor_class": FlattenExtractor})
 
 
 def test_discrete_environment_by_name():

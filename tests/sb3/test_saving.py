@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -57,11 +58,58 @@ def test_full_disk(make_model, tmp_path, monkeypatch, place):
     assert (tmp_path / "policy").read_bytes() == good and os.listdir(tmp_path) == ["policy"]
 
 
-def test_kill():
+def run_kills(*before: str) -> subprocess.CompletedProcess:
+    """kills.py in a process of its own, after some lines of Python."""
     kills = Path(__file__).with_name("kills.py")
-    command = [sys.executable, kills, "--kills", "12", "--inside", "4"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    code = "\n".join([*before, "import runpy, sys", "runpy.run_path(sys.argv[0], run_name='__main__')"])
+    code = f"import sys; sys.argv = sys.argv[1:]\n{code}"
+    command = [sys.executable, "-c", code, kills, "--kills", "12", "--inside", "4"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_kill():
+    result = run_kills()
+    assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("inside a write: nothing that was saved is lost\n")
+
+
+# A package that writes in place, one that saves the weights of an earlier save, and one that fails
+IN_PLACE = """
+import contextlib, time
+from sb3_dqs import dqs
+@contextlib.contextmanager
+def in_place(path, suffix):
+    with open(f"{path}.{suffix}", "wb") as file:
+        yield file
+        time.sleep(0.01)
+dqs.atomic = in_place
+"""
+OLD_WEIGHTS = """
+from sb3_dqs import DQS
+get_parameters, seen = DQS.get_parameters, {}
+DQS.get_parameters = lambda model: seen.setdefault("first", __import__("copy").deepcopy(get_parameters(model)))
+"""
+FAILS = """
+from sb3_dqs import DQS
+save, calls = DQS.save, []
+def fails(*args):
+    calls.append(1)
+    return save(*args) if len(calls) < 2 else 1 / 0
+DQS.save = fails
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (IN_PLACE, "the file is torn"),
+        (OLD_WEIGHTS, r"AssertionError: the model is of the saves \[\d+(\.0)?, \d+"),
+        (FAILS, r"ZeroDivisionError[\s\S]*AssertionError: the child was not killed, it ended with status 1"),
+    ],
+)
+def test_kill_finds_faults(fault, message):
+    result = run_kills(fault)
+    assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
 
 
 def test_left_overs_of_a_kill_are_swept(make_model, tmp_path):
