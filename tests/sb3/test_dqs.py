@@ -268,6 +268,12 @@ class TestActor:
         with pytest.raises(ValueError, match="for_next_states"):
             model.next_actor_loss(obs, model.actor.embed(obs), th.randn(6, 1), th.zeros(6, 1), 0.2)
 
+    def test_draws_actions_of_its_own_as_often_as_episodes_begin(self, make_model):
+        model = make_model(denoiser_target=TwoRecorders(), own_draws_freq=8)
+        for share, freq in ((0.0, 8), (0.01, 8), (0.1, 5), (0.25, 2), (0.4, 2), (0.5, 1), (1.0, 1)):
+            dones = (th.arange(100) < 100 * share).float().unsqueeze(1)
+            assert [n for n in range(17) if model.draws_own_actions(n, dones)] == list(range(0, 17, freq)), share
+
     def test_draws_actions_of_its_own_where_most_transitions_end_an_episode(self, make_model):
         model = make_model(env=OneStepEnv(), denoiser_target=TwoRecorders(), policy_delay=1).learn(25)
         model.target_estimator.seen.clear()

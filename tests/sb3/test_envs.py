@@ -1,0 +1,70 @@
+"""The environments in which it matters to keep several good actions."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.env_checker import check_env
+
+from sb3_dqs.envs.fork import ANGLES
+from sb3_dqs.envs.keeper import CORNERS
+
+
+@pytest.mark.parametrize("name", ["DelayedBest", "Fork", "Keeper"])
+def test_is_an_environment_that_sb3_accepts(name):
+    check_env(gym.make(f"sb3_dqs/{name}-v0").unwrapped)
+
+
+class TestKeeper:
+    def test_one_favourite_corner_is_always_saved(self):
+        env = gym.make("sb3_dqs/Keeper-v0")
+        env.reset(seed=0)
+        # Of the first shot the keeper knows nothing
+        rewards = [env.unwrapped.step(CORNERS[2].astype(np.float32))[1] for _ in range(50)]
+        assert not any(rewards[1:])
+
+    def test_corners_in_turn_are_saved_at_most_once_in_four(self):
+        env = gym.make("sb3_dqs/Keeper-v0")
+        env.reset(seed=0)
+        steps = [env.unwrapped.step(CORNERS[shot % 4].astype(np.float32)) for shot in range(400)]
+        assert np.mean([reward for _, reward, *_ in steps]) >= 0.75
+        assert [info["corner"] for *_, info in steps[:4]] == [0, 1, 2, 3]
+
+    def test_reward_falls_with_the_distance_from_the_corner(self):
+        env = gym.make("sb3_dqs/Keeper-v0")
+        env.reset(seed=0)
+        env.unwrapped.step(CORNERS[0].astype(np.float32))
+        _, reward, terminated, *_ = env.unwrapped.step(CORNERS[3] + np.array([0.2, 0]))
+        assert reward == pytest.approx(np.exp(-0.5)) and terminated
+
+
+class TestFork:
+    @pytest.mark.parametrize("opening", range(4))
+    def test_all_routes_have_the_same_return(self, opening):
+        env = gym.make("sb3_dqs/Fork-v0")
+        env.reset(seed=0)
+        env.unwrapped.position = np.zeros(2)
+        action = np.array([np.cos(ANGLES[opening]), np.sin(ANGLES[opening])])
+        steps = [env.step(action) for _ in range(3)]
+        assert [terminated for _, _, terminated, _, _ in steps] == [False, False, True]
+        assert sum(reward for _, reward, *_ in steps) == pytest.approx(10 - 3 * 2) and steps[-1][4]["route"] == opening
+
+    @pytest.mark.parametrize(("closed", "angle"), [((), 0.0), ((0,), ANGLES[0])])
+    def test_walls_and_closed_openings_stop_the_point(self, closed, angle):
+        env = gym.make("sb3_dqs/Fork-v0", closed=closed)
+        env.reset(seed=0)
+        steps = [env.step(np.array([np.cos(angle), np.sin(angle)])) for _ in range(10)]
+        assert steps[0][1] == -5 and np.linalg.norm(steps[-1][0]) < 0.7 and steps[-1][3]
+
+
+class TestDelayedBest:
+    @pytest.mark.parametrize(("action", "n_steps", "expected"), [(-1.0, 1, 5.0), (1.0, 6, 20.0)])
+    def test_both_goals(self, action, n_steps, expected):
+        env = gym.make("sb3_dqs/DelayedBest-v0")
+        env.reset()
+        steps = [env.step(np.array([action])) for _ in range(n_steps)]
+        assert sum(reward for _, reward, *_ in steps) == pytest.approx(expected) and steps[-1][2]
+
+    def test_small_steps_cost(self):
+        env = gym.make("sb3_dqs/DelayedBest-v0")
+        env.reset()
+        assert env.step(np.array([0.0]))[1] == -1
