@@ -357,11 +357,15 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
             f"policy={policy_class.__name__} is not a policy of DQS: load a file with the algorithm that saved it; for a new "
             "model pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs."
         )
-    reads_dict = issubclass(policy_class, MultiInputPolicy) and "features_extractor_class" not in policy_kwargs
-    if reads_dict and not isinstance(observation_space, spaces.Dict):
+    is_dict, has_own_extractor = isinstance(observation_space, spaces.Dict), "features_extractor_class" in policy_kwargs
+    if issubclass(policy_class, MultiInputPolicy) and not has_own_extractor and not is_dict:
         raise ValueError(
             f'policy=MultiInputPolicy needs dictionary observations, but they are {observation_space}; pass "MlpPolicy", '
             'or "CnnPolicy" for images.'
+        )
+    if policy_class is DQSPolicy and not has_own_extractor and is_dict:
+        raise ValueError(
+            f'policy=MlpPolicy cannot read dictionary observations, but they are {observation_space}; pass "MultiInputPolicy".'
         )
     known: set[str] = set()
     for cls in policy_class.__mro__:
@@ -383,6 +387,11 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
             hint = "it is one of DQS itself" if name in ARGUMENT_CHECKS else hint
             raise ValueError(f"policy_kwargs: {name}={value!r} is not an argument of {policy_class.__name__}; {hint}.")
     extractor = policy_kwargs.get("features_extractor_class", DEFAULT_EXTRACTORS.get(policy_class))
+    if has_own_extractor and extractor is (FlattenExtractor if is_dict else CombinedExtractor):
+        raise ValueError(
+            f"policy_kwargs: features_extractor_class={extractor.__name__} cannot read the observations {observation_space}; "
+            "leave it out, with the policy that fits them."
+        )
     if extractor in DEFAULT_EXTRACTORS.values():
         _check_extractor_reads(observation_space)
     if extractor is not None:

@@ -19,7 +19,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from toys import RandomEnv
 
 from sb3_dqs import DQS, CnnPolicy, MlpPolicy
@@ -349,6 +349,15 @@ def test_policies_of_dictionaries(make_model):
     with pytest.raises(ValueError, match="policy=MultiInputPolicy needs dictionary observations"):
         make_model("MultiInputPolicy", RandomEnv(OBS, ACTIONS))
     make_model("MultiInputPolicy", RandomEnv(OBS, ACTIONS), policy_kwargs={"features_extractor_class": FlattenExtractor})
+    with pytest.raises(ValueError, match=r'policy=MlpPolicy cannot read dictionary observations.* pass "MultiInputPolicy"'):
+        make_model(MlpPolicy, PairEnv())
+    make_model(MlpPolicy, PairEnv(), policy_kwargs={"features_extractor_class": CombinedExtractor})
+    for policy, env, extractor in (
+        ("MultiInputPolicy", PairEnv(), FlattenExtractor),
+        ("MlpPolicy", RandomEnv(OBS, ACTIONS), CombinedExtractor),
+    ):
+        with pytest.raises(ValueError, match=f"features_extractor_class={extractor.__name__} cannot read the observations"):
+            make_model(policy, env, policy_kwargs={"features_extractor_class": extractor})
 
 
 def test_discrete_environment_by_name():
