@@ -40,7 +40,8 @@ figures: install
 	$(BIN)/python benchmarks/bandit.py --report-only
 	$(BIN)/python benchmarks/tracking.py --report-only
 	$(BIN)/python benchmarks/speed.py --report-only
-	cp benchmarks/results/bandit.png benchmarks/results/tracking.png benchmarks/results/speed.png docs/
+	$(BIN)/python benchmarks/exploration.py --report-only
+	cd benchmarks/results && cp bandit.png tracking.png speed.png exploration.png ../../docs/
 
 type:
 	$(BIN)/mypy

@@ -10,8 +10,8 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
 
 DQS has SAC's critic here, and SAC the learning rate of DQS, so that the two differ in the policy alone. "SAC, equal entropy"
 tunes its temperature to the entropy that DQS had, mean over seeds; the measured entropies of both are in the rows.
-Every run is a row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
-bootstrap intervals, and saves a figure. One to two minutes on one core per run.
+Every run is a row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means
+over seeds with bootstrap intervals, and saves a figure. One to two minutes on one core per run.
 """
 
 import argparse
