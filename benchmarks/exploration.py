@@ -8,7 +8,7 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
   route kept is worth 0.25, all four 1.
 - ``DelayedBest``: mean return of 20 stochastic episodes at every 500 steps from 2,500 on: the better goal found early.
 
-DQS has SAC's critic here, and SAC the learning rate of DQS, so that the two differ in the policy alone. "SAC, equal entropy"
+DQS has SAC's critic here, and SAC the learning rate of DQS. "SAC, equal entropy"
 tunes its temperature to the entropy that DQS had, mean over seeds; the measured entropies of both are in the rows.
 Every run is a row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means
 over seeds with bootstrap intervals, and saves a figure. One to two minutes on one core per run.
@@ -128,6 +128,10 @@ def run_all(jobs: list[tuple[str, str, int]], n_processes: int, path: Path) -> N
             for task, variant, seed in jobs:
                 if (variant == EQUAL_ENTROPY) == is_last:
                     rows = [row for row in read_rows(path) if (row["task"], row["variant"]) == (task, "DQS")]
+                    if is_last and not rows:
+                        raise ValueError(
+                            f'--variants: "{EQUAL_ENTROPY}" needs rows of DQS on {task} in {path}; run DQS first.'
+                        )
                     target_entropy = float(np.mean([float(row["entropy"]) for row in rows])) if is_last else None
                     futures.append(pool.submit(run, task, variant, seed, target_entropy))
             for i, future in enumerate(as_completed(futures), start=1):
@@ -155,7 +159,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
             ax.plot([low, high], [i, i], color="black")
             ax.plot(scores, np.full(len(scores), i), ".", color=color)
         ax.set_yticks(range(len(variants)), reversed(variants) if ax is axes[0, 0] else [""] * len(variants))
-        ax.set(title=task, xlabel="score (bar: IQM, line: 95 %, points: seeds)")
+        ax.set(title=task, ylim=(-0.6, len(variants) - 0.4), xlabel="score (bar: IQM, line: 95 %, points: seeds)")
     order = {variant: i for i, variant in enumerate(variants)}
     table.sort(key=lambda line: (tasks.index(line[0]), order[line[1]]))
     print_table(["task", "algorithm", "seeds", "score: IQM (95 % interval)", "return", "entropy"], table)
@@ -165,7 +169,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--tasks", nargs="+", default=["Keeper", "Fork"], choices=list(STEPS))
     parser.add_argument("--variants", nargs="+", default=["DQS", "SAC", "SAC, equal entropy"], choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--processes", type=int, default=2)

@@ -3,7 +3,7 @@
 import contextlib
 from importlib import resources
 
-import sb3_dqs.envs  # noqa: F401  # registers the environment
+import sb3_dqs.envs  # noqa: F401  # registers the environments
 from sb3_dqs.diagnostics import Diagnosis, DiagnosticCallback, diagnose, plot_policy
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import CnnPolicy, MlpPolicy, MultiInputPolicy

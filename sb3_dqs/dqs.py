@@ -381,15 +381,17 @@ class DQS(OffPolicyAlgorithm):
         """
         Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, and
         always where the estimator does not take next states. No next state begins an episode: where a share p of the
-        transitions ends one, it is ``actor_loss()`` at every ``1 / (2 p)``-th update, rounded up, if that is more often.
+        transitions terminates one, it is ``actor_loss()`` at every ``1 / (2 p)``-th update, rounded up, if that is more often.
 
         :param n_actor_updates: number of updates of the actor so far
         :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
         :return: True for ``actor_loss()``, False for ``next_actor_loss()``
         """
+        if self.target_estimator.for_next_states is None:
+            return True
         share = float(dones.mean())
         freq = self.own_draws_freq if share == 0 else min(self.own_draws_freq, math.ceil(0.5 / share))
-        return n_actor_updates % freq == 0 or self.target_estimator.for_next_states is None
+        return n_actor_updates % freq == 0
 
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """

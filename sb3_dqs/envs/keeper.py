@@ -16,8 +16,9 @@ MEMORY = 20
 class KeeperEnv(gym.Env[np.ndarray, np.ndarray]):
     """
     One shot at one of four corners. The keeper dives to the corner most often shot at among the last 20 shots, at random
-    among equals. Shooting at all corners equally often is the best that can be done, and scores three times of four; a
-    shooter with one favourite never scores. Registered as ``sb3_dqs/Keeper-v0``; episodes are one step long.
+    among equals. Of shooters who do not know the last shots, one who shoots at all corners equally often is the best, and
+    scores three times of four; one with a single favourite never scores. Registered as ``sb3_dqs/Keeper-v0``. Episodes are
+    one step long; the keeper remembers shots of earlier ones, until ``reset(seed=...)``.
 
     - Observation: 0, shape (1,)
     - Action: where the ball goes, shape (2,), in [-1, 1]; its quadrant is the corner
@@ -33,6 +34,8 @@ class KeeperEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
+        if seed is not None:
+            self.shots = []
         return np.zeros(1, np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:

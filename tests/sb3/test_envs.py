@@ -22,11 +22,11 @@ class TestKeeper:
         rewards = [env.unwrapped.step(CORNERS[2].astype(np.float32))[1] for _ in range(50)]
         assert not any(rewards[1:])
 
-    def test_corners_in_turn_are_saved_at_most_once_in_four(self):
+    def test_corners_in_turn_are_saved_about_once_in_four(self):
         env = gym.make("sb3_dqs/Keeper-v0")
         env.reset(seed=0)
         steps = [env.unwrapped.step(CORNERS[shot % 4].astype(np.float32)) for shot in range(400)]
-        assert np.mean([reward for _, reward, *_ in steps]) >= 0.75
+        assert np.mean([reward for _, reward, *_ in steps]) == pytest.approx(0.75, abs=0.11)  # five standard errors
         assert [info["corner"] for *_, info in steps[:4]] == [0, 1, 2, 3]
 
     def test_reward_falls_with_the_distance_from_the_corner(self):
