@@ -1,9 +1,14 @@
-"""What the benchmarks share: provenance of a figure, CSV files of results, tables, means and their spread, an environment."""
+"""
+What the benchmarks share: provenance of a figure, CSV files of results, tables, means and their spread, processes, an
+environment.
+"""
 
 import importlib.metadata
+import multiprocessing
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +127,11 @@ def minimise(optimizer: th.optim.Optimizer, n_steps: int, loss: Callable[[int], 
         loss(step).backward()
         optimizer.step()
         schedule.step()
+
+
+def fresh_processes(n: int) -> ProcessPoolExecutor:
+    """Spawned, one run per process: a run's memory and threads end with it. Needs Python 3.11."""
+    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
 def use_one_thread() -> None:

@@ -1,36 +1,46 @@
 """
 Tasks where it matters to keep several good actions: does the policy keep them, and what is that worth?
 
-    python benchmarks/exploration.py --tasks Keeper Fork DelayedBest --seeds 0 1 2 3 4 5 6 7 8 9
+    python benchmarks/exploration.py --tasks Keeper Fork --seeds 0 1 2 3 4 5 6 7 8 9
 
 - ``Keeper``: reward of 400 shots after training, against a keeper who dives to the favourite corner; the best is 0.75.
 - ``Fork``: three of the four openings are closed after training; share of the closings with a success in ten attempts. One
   route kept is worth 0.25, all four 1.
 - ``DelayedBest``: mean return of 20 stochastic episodes at every 500 steps from 2,500 on: the better goal found early.
 
-DQS has SAC's critic here, and SAC the learning rate of DQS. "SAC, equal entropy"
-tunes its temperature to the entropy that DQS had, mean over seeds; the measured entropies of both are in the rows.
-Every run is a row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means
-over seeds with bootstrap intervals, and saves a figure. One to two minutes on one core per run.
+DQS has SAC's critic here, and SAC the learning rate of DQS. "SAC, equal entropy" tunes its temperature to the entropy that
+DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a row of
+``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
+bootstrap intervals, and saves a figure. One to two minutes on one core per run.
 """
 
 import argparse
 import itertools
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import matplotlib
 import numpy as np
-import sb3_contrib
-import stable_baselines3
 import torch as th
-from common import RESULTS, append_rows, bootstrap_interval, iqm, print_provenance, print_table, read_rows, use_one_thread
+from common import (
+    RESULTS,
+    append_rows,
+    bootstrap_interval,
+    fresh_processes,
+    iqm,
+    print_provenance,
+    print_table,
+    read_rows,
+    use_one_thread,
+)
+from returns import find_algorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-import sb3_dqs
+import sb3_dqs  # noqa: F401  # registers the environments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,28 +76,27 @@ def run_episode(model: OffPolicyAlgorithm, env: gym.Env, seed: int | None = None
     return total, info
 
 
-def score_keeper(model: OffPolicyAlgorithm) -> float:
-    env = gym.make("sb3_dqs/Keeper-v0")
-    return float(np.mean([run_episode(model, env, seed=0 if shot == 0 else None)[0] for shot in range(400)]))
+def mean_return(model: OffPolicyAlgorithm, task: str, n_episodes: int) -> float:
+    env = gym.make(f"sb3_dqs/{task}-v0")
+    return float(np.mean([run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(n_episodes)]))
 
 
-def score_fork(model: OffPolicyAlgorithm, n_open: int = 1, n_attempts: int = 10, n_repeats: int = 5) -> float:
-    """Share of the closings that leave n_open openings in which one of the attempts, at least, reaches the goal."""
+def success_when_closed(model: OffPolicyAlgorithm) -> float:
+    """Share of the closings of three openings of Fork in which one of ten attempts, at least, reaches the goal."""
     successes = []
-    for closed in itertools.combinations(range(4), 4 - n_open):
+    for closed in itertools.combinations(range(4), 3):
         env = gym.make("sb3_dqs/Fork-v0", closed=closed)
-        for repeat in range(n_repeats):
-            attempts = (run_episode(model, env, seed=0 if i == repeat == 0 else None) for i in range(n_attempts))
+        for repeat in range(5):
+            attempts = (run_episode(model, env, seed=0 if i == repeat == 0 else None) for i in range(10))
             successes.append(any("route" in info for _, info in attempts))
     return float(np.mean(successes))
 
 
-def score_delayed_best(model: OffPolicyAlgorithm) -> float:
-    env = gym.make("sb3_dqs/DelayedBest-v0")
-    return float(np.mean([run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(20)]))
-
-
-SCORES = {"Keeper": score_keeper, "Fork": score_fork, "DelayedBest": score_delayed_best}
+SCORES: dict[str, Callable[[OffPolicyAlgorithm], float]] = {
+    "Keeper": partial(mean_return, task="Keeper", n_episodes=400),
+    "Fork": success_when_closed,
+    "DelayedBest": partial(mean_return, task="DelayedBest", n_episodes=20),
+}
 
 
 def measured_entropy(model: Any) -> float:
@@ -105,35 +114,34 @@ def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dic
     kwargs = {**TASK_KWARGS[task], **kwargs}
     if target_entropy is not None:
         kwargs["target_entropy"] = target_entropy
-    modules = (sb3_dqs, stable_baselines3, sb3_contrib)
-    cls = next(getattr(module, name) for module in modules if hasattr(module, name))
-    model = cls("MlpPolicy", f"sb3_dqs/{task}-v0", seed=seed, device="cpu", **kwargs)
+    model = find_algorithm(name)("MlpPolicy", f"sb3_dqs/{task}-v0", seed=seed, device="cpu", **kwargs)
     scores = []
     for step in range(500, STEPS[task] + 1, 500):
         model.learn(500, reset_num_timesteps=step == 500, log_interval=10**9)
         if step == STEPS[task] or (task == "DelayedBest" and step >= 2_500):
             scores.append(SCORES[task](model))
-    env = gym.make(f"sb3_dqs/{task}-v0")
-    returns = [run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(100)]
-    values = {"score": np.mean(scores), "return": np.mean(returns), "entropy": measured_entropy(model)}
+    values = {"score": np.mean(scores), "return": mean_return(model, task, 100), "entropy": measured_entropy(model)}
     row: dict[str, Any] = {"task": task, "variant": variant, "seed": seed, "steps": STEPS[task]}
     return row | {name: round(float(value), 4) for name, value in values.items()}
+
+
+def entropy_of_dqs(task: str, path: Path) -> float:
+    """Mean over the rows of DQS."""
+    entropies = [float(row["entropy"]) for row in read_rows(path) if (row["task"], row["variant"]) == (task, "DQS")]
+    if not entropies:
+        raise ValueError(f'--variants: "{EQUAL_ENTROPY}" needs rows of DQS on {task} in {path}; run DQS first.')
+    return float(np.mean(entropies))
 
 
 def run_all(jobs: list[tuple[str, str, int]], n_processes: int, path: Path) -> None:
     """Those that need the entropy of DQS come last."""
     for is_last in (False, True):
-        with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-            futures = []
-            for task, variant, seed in jobs:
-                if (variant == EQUAL_ENTROPY) == is_last:
-                    rows = [row for row in read_rows(path) if (row["task"], row["variant"]) == (task, "DQS")]
-                    if is_last and not rows:
-                        raise ValueError(
-                            f'--variants: "{EQUAL_ENTROPY}" needs rows of DQS on {task} in {path}; run DQS first.'
-                        )
-                    target_entropy = float(np.mean([float(row["entropy"]) for row in rows])) if is_last else None
-                    futures.append(pool.submit(run, task, variant, seed, target_entropy))
+        with fresh_processes(n_processes) as pool:
+            futures = [
+                pool.submit(run, task, variant, seed, entropy_of_dqs(task, path) if is_last else None)
+                for task, variant, seed in jobs
+                if (variant == EQUAL_ENTROPY) == is_last
+            ]
             for i, future in enumerate(as_completed(futures), start=1):
                 append_rows(path, [future.result()])
                 print(f"done {i}/{len(futures)}: {future.result()}", flush=True)
@@ -146,7 +154,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False, layout="constrained")
     table = []
     for ax, task in zip(axes[0], tasks, strict=True):
-        for i, variant in enumerate(reversed(variants)):
+        for i, variant in enumerate(variants):
             chosen = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
             if not chosen:
                 continue
@@ -158,10 +166,8 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
             ax.barh(i, mean, color=color, alpha=0.5)
             ax.plot([low, high], [i, i], color="black")
             ax.plot(scores, np.full(len(scores), i), ".", color=color)
-        ax.set_yticks(range(len(variants)), reversed(variants) if ax is axes[0, 0] else [""] * len(variants))
-        ax.set(title=task, ylim=(-0.6, len(variants) - 0.4), xlabel="score (bar: IQM, line: 95 %, points: seeds)")
-    order = {variant: i for i, variant in enumerate(variants)}
-    table.sort(key=lambda line: (tasks.index(line[0]), order[line[1]]))
+        ax.set_yticks(range(len(variants)), variants if ax is axes[0, 0] else [""] * len(variants))
+        ax.set(title=task, ylim=(len(variants) - 0.4, -0.6), xlabel="score (bar: IQM, line: 95 %, points: seeds)")
     print_table(["task", "algorithm", "seeds", "score: IQM (95 % interval)", "return", "entropy"], table)
     figure.savefig(path, dpi=120)
     print("figure:", path)

@@ -10,13 +10,11 @@ status 1 if the slope of DQS is above the limit.
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
-from common import RESULTS, append_rows, print_provenance, print_table, use_one_thread
+from common import RESULTS, append_rows, fresh_processes, print_provenance, print_table, use_one_thread
 from returns import find_algorithm
 
 EVERY = 500
@@ -58,7 +56,7 @@ def main() -> int:
     print_provenance()
     rows = []
     for name in args.algos:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with fresh_processes(1) as pool:
             first, last, slope = (round(value, 1) for value in pool.submit(run, name, args.gradient_steps).result())
         row = {"algorithm": name, "gradient_steps": args.gradient_steps, "first_mib": first, "last_mib": last}
         rows.append({**row, "slope_kib_per_1000_steps": slope})

@@ -11,9 +11,8 @@ bootstrap intervals, and saves the learning curves.
 
 import argparse
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,17 @@ import matplotlib
 import numpy as np
 import sb3_contrib
 import stable_baselines3
-from common import RESULTS, append_rows, bootstrap_interval, iqm, print_provenance, print_table, read_rows, use_one_thread
+from common import (
+    RESULTS,
+    append_rows,
+    bootstrap_interval,
+    fresh_processes,
+    iqm,
+    print_provenance,
+    print_table,
+    read_rows,
+    use_one_thread,
+)
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -161,8 +170,7 @@ def main() -> None:
 
     jobs = [(variant, env_id, seed) for seed in args.seeds for env_id in args.env for variant in args.algos]
     if not args.report_only:
-        # Spawned, one run per process: a run's memory and threads end with it
-        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        with fresh_processes(args.processes) as pool:
             futures = {}
             for variant, env_id, seed in jobs:
                 rows = read_rows(path := path_of(variant, env_id, seed))

@@ -11,18 +11,16 @@ does the same; then how the cost of a gradient step of DQS grows. Every figure i
 """
 
 import argparse
-import multiprocessing
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
-from common import RESULTS, SizedEnv, append_rows, print_provenance, print_table, read_rows, use_one_thread
+from common import RESULTS, SizedEnv, append_rows, fresh_processes, print_provenance, print_table, read_rows, use_one_thread
 from matplotlib.figure import Figure
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
@@ -160,7 +158,7 @@ def peak_memory(name: str, env_id: str, device: str) -> float:
 
 def measure_memory(names: list[str], env_id: str, device: str) -> Times:
     """Each in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    with fresh_processes(1) as pool:
         return {(name, MEMORY): [pool.submit(peak_memory, name, env_id, device).result()] for name in names}
 
 

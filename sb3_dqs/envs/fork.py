@@ -63,9 +63,10 @@ class ForkEnv(gym.Env[np.ndarray, np.ndarray]):
         return int(differences.argmin()), float(differences.min())
 
     def _is_wall(self, position: np.ndarray) -> bool:
+        if not INNER_RADIUS <= np.linalg.norm(position) <= OUTER_RADIUS:
+            return False
         opening, difference = self._nearest_opening(position)
-        in_ring = INNER_RADIUS <= np.linalg.norm(position) <= OUTER_RADIUS
-        return bool(in_ring and (difference > HALF_WIDTH or opening in self.closed))
+        return difference > HALF_WIDTH or opening in self.closed
 
 
 gym.register("sb3_dqs/Fork-v0", entry_point="sb3_dqs.envs.fork:ForkEnv", max_episode_steps=10)

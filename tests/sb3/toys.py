@@ -85,9 +85,11 @@ class RecordingCritic(MlpCritic):
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether nested dictionaries and lists of tensors and numbers are equal bit for bit."""
+    """Whether nested dictionaries and lists of tensors, arrays and numbers are equal bit for bit; NaN of an array is."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, np.ndarray):
+        return first.dtype == second.dtype and np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
     return th.equal(first, second) if isinstance(first, th.Tensor) else first == second
