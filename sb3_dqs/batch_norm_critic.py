@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dqs import fast
-from sb3_dqs.critics import Critic, Energy, MakeTargets, minimum, squared_errors
+from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
 
 
 class BatchNorm(nn.Module):
@@ -170,7 +170,7 @@ class BatchNormCritic(Critic):
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)
-        return fast.energy(fast.fold_batch_norm(self.q_networks[0]), features)
+        return mean_energy(fast.energy(fast.fold_batch_norm(q_network), features) for q_network in self.q_networks)
 
 
 def training_pass(network: nn.Module, x: th.Tensor) -> th.Tensor:

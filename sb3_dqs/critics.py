@@ -26,6 +26,12 @@ def minimum(q_values: Iterable[th.Tensor]) -> th.Tensor:
     return th.cat(list(q_values), dim=1).min(dim=1, keepdim=True).values
 
 
+def mean_energy(energies: Iterable[Energy]) -> Energy:
+    """The mean of several energies, see ``Critic.energy()``."""
+    functions = list(energies)
+    return lambda actions: th.stack([function(actions) for function in functions]).mean(dim=0)
+
+
 def squared_errors(q_values: Iterable[th.Tensor], targets: th.Tensor) -> th.Tensor:
     """Half the mean squared error of several values, summed, as in SAC and TD3; all of shape (batch_size, 1)."""
     return 0.5 * th.stack([F.mse_loss(values, targets) for values in q_values]).sum()
@@ -105,9 +111,8 @@ class Critic(BaseModel, ABC):
 
 class MlpCritic(ContinuousCritic, Critic):
     """
-    SB3's critics as a :class:`Critic`: the targets are made of the minimum over the networks, as in SAC and TD3; the first
-    network alone defines the policy, as for the actor of TD3 (Fujimoto et al. 2018, https://arxiv.org/abs/1802.09477,
-    Algorithm 1).
+    SB3's critics as a :class:`Critic`: the targets are made of the minimum over the networks, as in SAC and TD3; the mean over
+    the networks defines the policy, because it moves less from update to update than one of them, or than their minimum.
     """
 
     def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -117,4 +122,5 @@ class MlpCritic(ContinuousCritic, Critic):
         return squared_errors(self(obs, actions), targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:
-        return fast.energy(self.q_networks[0], self.extract_features(obs, self.features_extractor))
+        features = self.extract_features(obs, self.features_extractor)
+        return mean_energy(fast.energy(q_network, features) for q_network in self.q_networks)

@@ -602,6 +602,7 @@ class DQS(OffPolicyAlgorithm):
         :param path: path to the file (or a file-like) where to load the agent from
         :return: new model instance with loaded parameters
         :raises ValueError: if the file is torn, is no saved model, or holds parameters that are not finite
+        :raises RuntimeError: as torch's, if ``policy_kwargs`` make another model than the saved one
         """
         check_model_file(path)
         try:
@@ -628,8 +629,8 @@ class DQS(OffPolicyAlgorithm):
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
             parameters, otherwise raises an Exception
         :param device: device on which the code should run
-        :raises ValueError: if a parameter is not finite, the file is torn, or the parameters are of another model; nothing
-            is changed then
+        :raises ValueError: if a parameter is not finite, the file is torn, or a module is missing; nothing is changed then
+        :raises RuntimeError: as torch's, if the parameters are of another model; nothing is changed then
         """
         start = "set_parameters(): nothing is changed"
         if isinstance(load_path_or_dict, dict):
@@ -651,7 +652,7 @@ class DQS(OffPolicyAlgorithm):
             if not isinstance(error, RuntimeError):  # torch's
                 raise
             reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300)
-            raise ValueError(
+            raise RuntimeError(
                 f"{start}, because the parameters are those of another model ({reason}); build the model with the "
                 "`policy_kwargs` of the saved one, and with the algorithm that saved it."
             ) from error
