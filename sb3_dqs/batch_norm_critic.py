@@ -1,5 +1,6 @@
 """Batch-normalised critic without a target network (CrossQ)."""
 
+import copy
 import itertools
 import math
 from numbers import Real
@@ -72,6 +73,9 @@ class BatchNormCritic(Critic):
     that the candidates of the actor cost no more than with plain networks. Of the features extractor the two halves are
     separate passes.
 
+    Without a target network the values move fast, on Hopper-v5 faster than an actor follows. So the energy, which defines the
+    policy, is the mean over running averages of the networks; the Bellman equation knows the networks alone.
+
     :param observation_space: Observation space
     :param action_space: Action space
     :param net_arch: Network architecture
@@ -87,6 +91,8 @@ class BatchNormCritic(Critic):
     :param eps: added to the variances; CrossQ's value
     :param warm_up: the n-th update moves the running means at the rate ``max(momentum, warm_up / (n + warm_up))``, because
         the networks change fast at first
+    :param averaging_rate: rate of the running averages of the networks, 1 for none. Measured entropy gap on Hopper-v5 from
+        2,000 to 4,000 steps (one seed): 2.3 nats without, 0.9 with 0.05, 1.6 with 0.01
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -108,6 +114,7 @@ class BatchNormCritic(Critic):
         momentum: float = 0.01,
         eps: float = 1e-3,
         warm_up: float = 10.0,
+        averaging_rate: float = 0.05,
     ):
         super().__init__(
             observation_space,
@@ -115,10 +122,11 @@ class BatchNormCritic(Critic):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
-        numbers = {"momentum": momentum, "eps": eps, "warm_up": warm_up}
-        if not (all(isinstance(n, Real) and 0 < n < math.inf for n in numbers.values()) and momentum <= 1):
+        numbers = {"momentum": momentum, "eps": eps, "warm_up": warm_up, "averaging_rate": averaging_rate}
+        is_positive = all(isinstance(n, Real) and 0 < n < math.inf for n in numbers.values())
+        if not (is_positive and max(momentum, averaging_rate) <= 1):
             raise ValueError(
-                "policy_kwargs: `critic_kwargs` must have positive numbers, momentum at most 1, got "
+                "policy_kwargs: `critic_kwargs` must have positive numbers, momentum and averaging_rate at most 1, got "
                 f"{', '.join(f'{name}={number!r}' for name, number in numbers.items())}."
             )
         self.share_features_extractor = share_features_extractor
@@ -130,6 +138,8 @@ class BatchNormCritic(Critic):
                 layers += [BatchNorm(size, eps, momentum, warm_up), nn.Linear(size, next_size), activation_fn()]
             layers += [BatchNorm(sizes[-1], eps, momentum, warm_up), nn.Linear(sizes[-1], 1)]
             self.q_networks.append(nn.Sequential(*layers))
+        self.averaging_rate = averaging_rate
+        self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -162,15 +172,21 @@ class BatchNormCritic(Critic):
         next_actions: th.Tensor,
         make_targets: MakeTargets,
     ) -> th.Tensor:
+        self._average()  # what the last update made of the networks
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])
         pairs = [training_pass(q_network, both).split([len(inputs), len(next_inputs)]) for q_network in self.q_networks]
         targets = make_targets(minimum(next_values.detach() for _, next_values in pairs))
         return squared_errors((q_values for q_values, _ in pairs), targets)
 
+    def _average(self) -> None:
+        networks, averages = self.q_networks, self.averaged_networks
+        fast.update_target(networks.parameters(), averages.parameters(), self.averaging_rate)
+        fast.update_target(networks.buffers(), averages.buffers(), self.averaging_rate)
+
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)
-        return mean_energy(fast.energy(fast.fold_batch_norm(q_network), features) for q_network in self.q_networks)
+        return mean_energy(fast.energy(fast.fold_batch_norm(network), features) for network in self.averaged_networks)
 
 
 def training_pass(network: nn.Module, x: th.Tensor) -> th.Tensor:

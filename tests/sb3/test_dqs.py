@@ -206,8 +206,8 @@ class TestActor:
         assert len(density.obs) == 100 and set(metrics) == {"q_spread"}
         with th.no_grad():
             for k in range(4):
-                q_values = model.critic.q1_forward(density.obs, th.tanh(draws.u[:, k])).squeeze(1)
-                expected = q_values / 0.2 + log_det_tanh(draws.u[:, k])
+                q_values = th.cat(model.critic(density.obs, th.tanh(draws.u[:, k])), dim=1)
+                expected = q_values.mean(dim=1) / 0.2 + log_det_tanh(draws.u[:, k])
                 assert th.allclose(density(draws.u)[:, k], expected, atol=1e-4)
             embedding = actor.embed(density.obs).unsqueeze(1)
             u = actor.sample(embedding, th.randn(100, 200, 2))

@@ -17,9 +17,9 @@ from sb3_dqs.batch_norm_critic import BatchNorm, BatchNormCritic, training_pass
 OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
 
 
-def make_critic(net_arch=(16, 16), share=False, activation_fn=nn.ReLU) -> BatchNormCritic:
+def make_critic(net_arch=(16, 16), share=False, activation_fn=nn.ReLU, **kwargs) -> BatchNormCritic:
     critic = BatchNormCritic(
-        OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, activation_fn, share_features_extractor=share
+        OBS, ACTIONS, list(net_arch), FlattenExtractor(OBS), 3, activation_fn, share_features_extractor=share, **kwargs
     )
     for module in critic.modules():
         if isinstance(module, BatchNorm):
@@ -98,13 +98,26 @@ def test_not_folded_where_it_would_change_the_function():
     assert fast.fold_batch_norm(activation_between) is activation_between
 
 
-def test_energy_is_the_mean_of_the_networks_by_their_running_statistics():
+def test_energy_is_the_mean_of_the_averaged_networks_by_their_running_statistics():
     critic = make_critic()
     obs, actions = th.randn(4, 3), (2 * th.rand(4, 6, 2) - 1).requires_grad_()
     values = critic.energy(obs)(actions)
-    expected = th.stack([th.cat(critic(obs, actions[:, k]), dim=1).mean(dim=1) for k in range(6)], dim=1)
+    inputs = th.cat([obs.unsqueeze(1).expand(-1, 6, -1), actions], dim=2).flatten(0, 1)
+    expected = th.cat([network(inputs) for network in critic.averaged_networks], dim=1).mean(dim=1).reshape(4, 6)
     assert th.allclose(values, expected, atol=1e-5)
     assert th.autograd.grad(values.sum(), actions)[0].all()
+
+
+@pytest.mark.parametrize("rate", [0.25, 1])
+def test_averages_follow_the_networks_and_are_not_learned(rate):
+    critic = make_critic(averaging_rate=rate)
+    assert not any(parameter.requires_grad for parameter in critic.averaged_networks.parameters())
+    before, networks = (copy.deepcopy(module).state_dict() for module in (critic.averaged_networks, critic.q_networks))
+    critic.td_loss(critic, *batch(8), lambda values: values).backward()
+    for name, value in critic.averaged_networks.state_dict().items():
+        if not name.endswith("extra_state"):
+            assert th.allclose(value, before[name] + rate * (networks[name] - before[name]), atol=1e-6), name
+    assert all(parameter.grad is None for parameter in critic.averaged_networks.parameters())
 
 
 def test_both_sides_of_the_bellman_equation_come_from_the_training_pass():
@@ -117,7 +130,7 @@ def test_both_sides_of_the_bellman_equation_come_from_the_training_pass():
     loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, lambda values: 1 + 0.5 * values)
     assert th.allclose(loss, expected)
     loss.backward()
-    assert all(param.grad.any() for name, param in critic.named_parameters() if not name.endswith("0.bias"))
+    assert all(param.grad.any() for name, param in critic.q_networks.named_parameters() if not name.endswith("0.bias"))
 
 
 def test_learns_the_discounted_sum_of_a_constant_reward():
@@ -161,10 +174,22 @@ def test_rate_of_the_running_means():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"momentum": -0.1}, {"momentum": 2.0}, {"eps": 0.0}, {"warm_up": 0.0}, {"warm_up": float("inf")}, {"eps": "x"}]
+    "kwargs",
+    [
+        {"momentum": -0.1},
+        {"momentum": 2.0},
+        {"eps": 0.0},
+        {"warm_up": 0.0},
+        {"warm_up": float("inf")},
+        {"eps": "x"},
+        {"averaging_rate": 0},
+        {"averaging_rate": 1.1},
+    ],
 )
 def test_bad_arguments(kwargs):
-    with pytest.raises(ValueError, match="`critic_kwargs` must have positive numbers, momentum at most 1, got momentum="):
+    with pytest.raises(
+        ValueError, match="`critic_kwargs` must have positive numbers, momentum and averaging_rate at most 1, got "
+    ):
         BatchNormCritic(OBS, ACTIONS, [8], FlattenExtractor(OBS), 3, **kwargs)
 
 
