@@ -179,10 +179,15 @@ class BatchNormCritic(Critic):
         targets = make_targets(minimum(next_values.detach() for _, next_values in pairs))
         return squared_errors((q_values for q_values, _ in pairs), targets)
 
+    @th.no_grad()
     def _average(self) -> None:
         networks, averages = self.q_networks, self.averaged_networks
         fast.update_target(networks.parameters(), averages.parameters(), self.averaging_rate)
-        fast.update_target(networks.buffers(), averages.buffers(), self.averaging_rate)
+        for buffer, average in zip(networks.buffers(), averages.buffers(), strict=True):
+            if buffer.is_floating_point():
+                average.lerp_(buffer, self.averaging_rate)
+            else:
+                average.copy_(buffer)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)

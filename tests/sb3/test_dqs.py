@@ -257,11 +257,11 @@ class TestActor:
         assert model._n_updates % model.own_draws_freq != 0
         critic_step, gradients = model.critic.optimizer.step, []
         model.critic.optimizer.step = lambda: (
-            critic_step(), gradients.extend(param.grad.clone() for param in model.critic.parameters()))  # fmt: skip
+            critic_step(), gradients.extend(param.grad.clone() for param in model.critic.q_networks.parameters()))  # fmt: skip
         model.train(1, 64)
         parts = (model.actor.embed_features, model.actor.embed_action, model.actor.gaussian, model.actor.net)
         assert all(any(param.grad.any() for param in part.parameters()) for part in parts)
-        assert same(gradients, [param.grad for param in model.critic.parameters()])
+        assert same(gradients, [param.grad for param in model.critic.q_networks.parameters()])
 
     def test_next_states_need_an_estimator_for_them(self, make_model):
         model, obs = make_model(denoiser_target="energy_gradient").learn(25), th.rand(6, 3)

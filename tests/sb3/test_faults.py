@@ -54,7 +54,7 @@ def test_bad_weights_are_not_evaluated_and_collect_nothing(make_model):
 
 def test_bad_critic_does_not_choose(make_model):
     model = make_model(policy_kwargs={"best_of_n_by_q": 4})
-    model.critic.q_networks[0][-1].bias.data.fill_(NAN)
+    model.critic.averaged_networks[0][-1].bias.data.fill_(NAN)
     with pytest.raises(ValueError, match="policy: the action"):
         model.predict(ZEROS, deterministic=True)
 
