@@ -171,7 +171,9 @@ class Actor(BasePolicy):
         :return: shape (batch_size, width of the first layer + 2 * action_dim)
         """
         hidden = self.embed_features(self.extract_features(obs, self.features_extractor))
-        mean, log_scale = self.gaussian(hidden).chunk(2, dim=-1)
+        gaussian = self.gaussian(hidden)
+        # Slices, because torch's older ONNX exporter writes chunk() and split() of a symbolic batch wrongly
+        mean, log_scale = gaussian[..., : self.action_dim], gaussian[..., self.action_dim :]
         # At most sigma_data times or divided by exp(MAX_LOG_SCALE)
         std = self.noise.sigma_data * th.exp(MAX_LOG_SCALE * th.tanh(log_scale / MAX_LOG_SCALE))
         return th.cat([hidden, mean, std], dim=-1)
@@ -184,8 +186,8 @@ class Actor(BasePolicy):
         :return: the observation's part of the first layer of the residual, shape (..., width); mean and standard deviation of
             the Gaussian, shape (..., action_dim)
         """
-        width = embedding.shape[-1] - 2 * self.action_dim
-        return embedding.split([width, self.action_dim, self.action_dim], dim=-1)
+        d = self.action_dim
+        return embedding[..., : -2 * d], embedding[..., -2 * d : -d], embedding[..., -d:]
 
     def denoise(self, embedding: th.Tensor, x: th.Tensor, sigma: th.Tensor | float) -> th.Tensor:
         """

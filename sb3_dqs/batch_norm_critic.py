@@ -130,6 +130,7 @@ class BatchNormCritic(Critic):
                 f"{', '.join(f'{name}={number!r}' for name, number in numbers.items())}."
             )
         self.share_features_extractor = share_features_extractor
+        self.n_critics = n_critics
         sizes = [features_dim + get_action_dim(action_space), *net_arch]
         self.q_networks = nn.ModuleList()
         for _ in range(n_critics):
@@ -151,6 +152,16 @@ class BatchNormCritic(Critic):
         """
         inputs = self._inputs(obs, actions)
         return tuple(q_network(inputs) for q_network in self.q_networks)
+
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        As SB3's ``ContinuousCritic``: the first network alone.
+
+        :param obs: Observation
+        :param actions: actions in [-1, 1], shape (batch_size, action_dim)
+        :return: shape (batch_size, 1)
+        """
+        return self.q_networks[0](self._inputs(obs, actions))
 
     def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):

@@ -31,7 +31,7 @@ from sb3_dqs.denoiser_targets import DENOISER_TARGETS, DenoiserTarget
 from sb3_dqs.finite import is_finite
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.policies import CRITICS, CnnPolicy, DQSPolicy, MultiInputPolicy
-from sb3_dqs.temperature import make_temperature
+from sb3_dqs.temperature import Temperature, make_temperature
 
 BACKUPS = ("soft", "hard")
 DEFAULT_EXTRACTORS = {DQSPolicy: FlattenExtractor, CnnPolicy: NatureCNN, MultiInputPolicy: CombinedExtractor}
@@ -340,6 +340,22 @@ def check_target_entropy(target_entropy: float, action_dim: int) -> None:
         raise ValueError(
             f"target_entropy={target_entropy!r} cannot be reached: it must be below {action_dim * math.log(2):.2f}, the "
             f"entropy of uniform actions in [-1, 1]^{action_dim}."
+        )
+
+
+def check_temperature(temperature: Temperature, progress_remaining: float) -> None:
+    """
+    Check the present value of a temperature.
+
+    :param temperature: what ``ent_coef`` has made
+    :param progress_remaining: remaining progress of the training, from 1 to 0
+    :raises ValueError: if the value is not a positive, finite 0-d tensor
+    """
+    value = temperature(progress_remaining)
+    if not (isinstance(value, th.Tensor) and value.ndim == 0 and 0 < value < math.inf):
+        raise ValueError(
+            f"`ent_coef`: {type(temperature).__name__}.forward({progress_remaining:g}) must return a positive, finite 0-d "
+            f"tensor, got {value!r}."
         )
 
 

@@ -33,6 +33,7 @@ from sb3_dqs.checks import (
     check_policy,
     check_replay_buffer,
     check_target_entropy,
+    check_temperature,
     make_checked_env,
 )
 from sb3_dqs.critics import Critic
@@ -50,12 +51,13 @@ SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
 def td_targets(rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor) -> th.Tensor:
     """
-    Targets of the critics.
+    Right-hand side of the soft Bellman equation, to which the critics regress.
 
     :param rewards: shape (batch_size, 1)
-    :param discounts: factor of the next values, 0 where the episode ends; shape (batch_size, 1)
+    :param discounts: ``gamma``, or ``gamma**n`` for n-step returns, times 1 - done; shape (batch_size, 1)
     :param bonus: entropy term, ``-ent_coef * log pi(a'|s')``, shape (batch_size, 1), or 0
-    :param backup_values: the critic's values at the next states, shape (batch_size, m)
+    :param backup_values: what the critic's ``backup_values()`` gives at (s', a'), m numbers per state: 1, or the quantiles
+        that it keeps; shape (batch_size, m)
     :return: shape (batch_size, m)
     """
     return rewards + discounts * (backup_values + bonus)
@@ -99,7 +101,7 @@ class DQS(OffPolicyAlgorithm):
         (``"auto_0.1"`` from 0.1); a number fixes it; a function of the remaining progress (from 1 to 0), or
         ``"log_linear_1.0_0.01"`` (the paper's anneal, from the first to the second number), schedules it; a
         :class:`sb3_dqs.temperature.Temperature` is used as it is.
-    :param target_update_interval: update the target network every ``target_network_update_freq``
+    :param target_update_interval: update the target network every ``target_update_interval``
         gradient steps.
     :param target_entropy: target entropy when learning ``ent_coef`` (``ent_coef = 'auto'``), in nats, of the action
         scaled to [-1, 1]^d; ``"auto"`` is -d
@@ -120,14 +122,15 @@ class DQS(OffPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target, that is of actions that the critic values
-        per target, at least 2; larger is more accurate and slower
-    :param own_draws_freq: Every ``own_draws_freq``-th update of the actor draws actions of its own. The others use those that
-        the critics' target has drawn at the next observations, where the estimator allows it; see ``draws_own_actions()``
-    :param own_share: Share of the batch's observations, at random, at which the actor draws actions of its own
-    :param n_draws: Number of actions that it draws per observation, each noised once
-    :param next_share: Share of the batch's next observations, at random, at which the other updates learn
-    :param n_copies: Number of noisy copies of each action there
+    :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target: how many actions the critic evaluates per
+        target, at least 2; larger is more accurate and slower
+    :param own_draws_freq: Every ``own_draws_freq``-th update of the actor minimises ``actor_loss()``, with new actions at the
+        batch's observations. The others minimise ``next_actor_loss()``, with the actions that the critics' target has drawn
+        at the next observations, if the estimator allows it; see ``draws_own_actions()``
+    :param own_share: Share of the batch's observations, at random, that ``actor_loss()`` uses
+    :param n_draws: Number of actions that ``actor_loss()`` draws per observation, each noised once
+    :param next_share: Share of the batch's next observations, at random, that ``next_actor_loss()`` uses
+    :param n_copies: Number of noisy copies that ``next_actor_loss()`` makes of each action
     :param policy_delay: The actor will only be updated once every ``policy_delay`` gradient steps, as in TD3
     :param denoiser_target: What the actor regresses on: ``"posterior_mean"``
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
@@ -277,6 +280,7 @@ class DQS(OffPolicyAlgorithm):
         else:
             self.target_entropy = float(self.target_entropy)
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
+        check_temperature(self.temperature, self._current_progress_remaining)
         if isinstance(self.temperature, AutoTemperature):
             check_target_entropy(self.temperature.target_entropy, self.actor.action_dim)
             if self.temperature.action_dim != self.actor.action_dim:
@@ -311,15 +315,19 @@ class DQS(OffPolicyAlgorithm):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             obs, next_obs = replay_data.observations, replay_data.next_observations
             if self.augmentation is not None:
-                obs, next_obs = self.augmentation(obs), self.augmentation(next_obs)
+                with th.no_grad():  # its parameters, if any, are not trained
+                    obs, next_obs = self.augmentation(obs), self.augmentation(next_obs)
             # For n-step replay, discount factor is gamma**n_steps (when no early termination)
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
-            ent_coef = self.temperature(self._current_progress_remaining)
+            # A clone, because a temperature may return its buffer
+            ent_coef = self.temperature(self._current_progress_remaining).clone()
 
-            # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s')
+            # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s').
+            # A critic without a target network, as the default, is its own Q_target
             updates_actor = self._n_updates % self.policy_delay == 0
-            uses_next = updates_actor and not self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones)
-            with th.set_grad_enabled(uses_next):
+            n_actor_updates = self._n_updates // self.policy_delay
+            learns_at_next = updates_actor and not self.draws_own_actions(n_actor_updates, replay_data.dones)
+            with th.set_grad_enabled(learns_at_next):
                 next_embedding = self.actor.embed(next_obs)
             with th.no_grad():
                 next_u, next_log_prob = self.actor.draw(next_embedding)
@@ -334,28 +342,31 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps
-            metrics: dict[str, th.Tensor] = {}
+            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps.
+            # At s' with the actions of the critics' target, or at s with actions drawn for it
             if updates_actor:
-                if uses_next:
+                if learns_at_next:
                     actor_loss, metrics = self.next_actor_loss(next_obs, next_embedding, next_u, replay_data.dones, ent_coef)
                 else:
                     actor_loss, metrics = self.actor_loss(obs, ent_coef)
-                self.actor.optimizer.zero_grad()
-                actor_loss.backward()
-                self.actor.optimizer.step()
+                if actor_loss.requires_grad:  # some parameter of the actor is not frozen
+                    self.actor.optimizer.zero_grad()
+                    actor_loss.backward()
+                    self.actor.optimizer.step()
                 logs["actor_loss"].append(actor_loss.detach())
                 for name, value in metrics.items():
                     logs[name].append(value)
 
-            # Temperature: entropy -> target_entropy
-            if "q_spread" in metrics:
-                self.temperature.bound(metrics["q_spread"])
+            # Temperature: entropy, here at s', -> target_entropy, within what the spread of Q supports
+            if updates_actor and not learns_at_next:
+                q_spread = self.q_spread(obs)
+                self.temperature.bound(q_spread)
+                logs["q_spread"].append(q_spread)
             entropy = -next_log_prob.mean()
             ent_coef_loss = self.temperature.update(entropy, learning_rate)
             if ent_coef_loss is not None:
                 logs["ent_coef_loss"].append(ent_coef_loss)
-            logs["ent_coef"].append(ent_coef.clone())  # a temperature may return its buffer
+            logs["ent_coef"].append(ent_coef)
             logs["entropy"].append(entropy)
 
             # Target networks
@@ -375,15 +386,18 @@ class DQS(OffPolicyAlgorithm):
             for name, mean in zip(logs, means, strict=True):
                 check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
+        check_temperature(self.temperature, self._current_progress_remaining)
         check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)
 
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
         """
-        Which loss the next update of the actor uses. It is ``actor_loss()`` at every ``own_draws_freq``-th update, and
-        always where the estimator does not take next states. No next state begins an episode: where a share p of the
-        transitions terminates one, it is ``actor_loss()`` at every ``1 / (2 p)``-th update, rounded up, if that is more often.
+        Decide which loss an update of the actor minimises.
 
-        :param n_actor_updates: number of updates of the actor so far
+        Every ``own_draws_freq``-th update minimises ``actor_loss()``, and every update does if the estimator does not take
+        next states. The others minimise ``next_actor_loss()``. No next state is the first of an episode, so if a share p of
+        the batch terminates an episode, ``actor_loss()`` has every ``ceil(1 / (2 p))``-th update, if that is more often.
+
+        :param n_actor_updates: number of updates of the actor before this one
         :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
         :return: True for ``actor_loss()``, False for ``next_actor_loss()``
         """
@@ -395,10 +409,11 @@ class DQS(OffPolicyAlgorithm):
 
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor | float) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Loss of the actor, with gradients: its error as a denoiser of actions that it draws for this, ``n_draws`` per state.
-        Updates the running means of the denoiser's target.
+        Denoising loss of the actor at random observations of a batch, a share ``own_share`` of them. It draws ``n_draws``
+        actions per observation, noises each once, and regresses the denoiser on the estimator's targets.
+        Moves the running means of the estimator.
 
-        :param obs: Observation; a share ``own_share`` of them, at random, is used
+        :param obs: Observation
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
         """
@@ -409,12 +424,12 @@ class DQS(OffPolicyAlgorithm):
             latents = th.randn(n_states, self.n_draws, self.actor.action_dim, device=self.device)
             u = self.actor.training_sample(embedding, latents)
         errors, metrics = self._denoising_errors(obs, embedding, u, self.n_draws, self.target_estimator, ent_coef)
-        return errors.mean(), metrics | {"q_spread": self.q_spread(obs)}
+        return errors.mean(), metrics
 
     @th.no_grad()
     def q_spread(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Estimate how much the critic depends on the action.
+        Estimate how much the critic's energy depends on the action.
 
         :param obs: Observation
         :return: standard deviation of Q over uniform actions at a state, root mean square over the states, 0-d
@@ -433,8 +448,9 @@ class DQS(OffPolicyAlgorithm):
         ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Loss of the actor, with gradients: its error as a denoiser of one action, noised ``n_copies`` times, at a share
-        ``next_share`` of the next observations, at random, those that end an episode last.
+        Denoising loss of the actor at random next observations of a batch, a share ``next_share`` of them. It uses the action
+        that the critics' target has drawn there, and noises it ``n_copies`` times. Observations that end an episode have
+        weight 0.
 
         :param next_obs: next observations
         :param next_embedding: what ``actor.embed()`` returned for them, with gradients
@@ -465,14 +481,17 @@ class DQS(OffPolicyAlgorithm):
         ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Noise unsquashed actions u to ``x = u + sigma * eps``, denoise them, and compare with estimates of ``E[u | x]`` from
-        the critic's energy.
+        Add noise to unsquashed actions u, ``x = u + sigma * eps``, and compare the denoiser's answers D(s, x, sigma) with the
+        estimator's targets for ``E[u | s, x]``.
 
         :param obs: observations of n_states states
         :param embedding: of these, with gradients, shape (n_states, 1, width)
         :param u: shape (n_states, n_noisy, action_dim), or (n_states, 1, action_dim): one action, noised n_noisy times
-        :return: squared errors of unit scale at every noise level (Karras et al. 2022, section 5), shape (n_states, n_noisy),
-            and scalars to log, by name
+        :param n_noisy: number of noisy actions per state
+        :param estimator: gives the targets
+        :param ent_coef: temperature
+        :return: squared errors divided by ``c_out(sigma)^2``, so that all noise levels weigh alike (Karras et al. 2022,
+            section 5), averaged over the action's dimensions, shape (n_states, n_noisy), and scalars to log, by name
         """
         sigma = self.actor.noise.training(len(u), n_noisy, self.device)
         x = u + sigma * th.randn(len(u), n_noisy, self.actor.action_dim, device=self.device)
@@ -554,7 +573,7 @@ class DQS(OffPolicyAlgorithm):
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
-        :raises ValueError: if the model is spoilt: a parameter is not finite
+        :raises ValueError: if a parameter is not finite; nothing is written then
         """
         self._check_state(self.get_parameters(), f"save(path={path}): nothing is written")
         with atomic(path, "zip") as file:
@@ -572,14 +591,15 @@ class DQS(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer from a pickle file, which executes what the file says: load files that you trust.
+        Load a replay buffer from a pickle file. Unpickling can run any code: load only files that you trust.
 
         :param path: Path to the pickled replay buffer.
         :param truncate_last_traj: When using ``HerReplayBuffer`` with online sampling:
             If set to ``True``, we assume that the last trajectory in the replay buffer was finished
             (and truncate it).
             If set to ``False``, we assume that we continue the same trajectory (same episode).
-        :raises ValueError: if the file is torn, or holds no replay buffer for these spaces; the present buffer stays
+        :raises ValueError: if the file is truncated or corrupt, or holds no replay buffer for these spaces; the present
+            buffer stays
         """
         present = getattr(self, "replay_buffer", None)
         try:
@@ -590,18 +610,18 @@ class DQS(OffPolicyAlgorithm):
         except Exception as error:
             self.replay_buffer = present
             raise ValueError(
-                f"path={path}: the file is torn, or no replay buffer of this environment ({type(error).__name__}: {error}); "
-                "give the path of a file that save_replay_buffer() wrote."
+                f"path={path}: the file is truncated or corrupt, or no replay buffer for these spaces "
+                f"({type(error).__name__}: {error}); give the path of a file that save_replay_buffer() wrote."
             ) from error
 
     @classmethod
     def load(cls: type[SelfDQS], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfDQS:
         """
-        As SB3's: see there for the arguments. It executes what the file says: load files that you trust.
+        As SB3's: see there for the arguments. Unpickling can run any code: load only files that you trust.
 
         :param path: path to the file (or a file-like) where to load the agent from
         :return: new model instance with loaded parameters
-        :raises ValueError: if the file is torn, is no saved model, or holds parameters that are not finite
+        :raises ValueError: if the file is truncated or corrupt, is no saved model, or holds parameters that are not finite
         :raises RuntimeError: as torch's, if ``policy_kwargs`` make another model than the saved one
         """
         check_model_file(path)
@@ -629,7 +649,8 @@ class DQS(OffPolicyAlgorithm):
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
             parameters, otherwise raises an Exception
         :param device: device on which the code should run
-        :raises ValueError: if a parameter is not finite, the file is torn, or a module is missing; nothing is changed then
+        :raises ValueError: if a parameter is not finite, the file is truncated or corrupt, or a module is missing; nothing is
+            changed then
         :raises RuntimeError: as torch's, if the parameters are of another model; nothing is changed then
         """
         start = "set_parameters(): nothing is changed"
@@ -671,7 +692,20 @@ class DQS(OffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"], []
 
-    # What pipelines of SAC read
+    # What pipelines of SAC read and write
+
+    @property
+    def target_entropy(self) -> Any:
+        """Target entropy of a tuned temperature, in nats; may be set during training."""
+        return vars(self)["target_entropy"]
+
+    @target_entropy.setter
+    def target_entropy(self, value: Any) -> None:
+        temperature = vars(self).get("temperature")
+        if isinstance(temperature, AutoTemperature):
+            check_target_entropy(value, temperature.action_dim)
+            temperature.target_entropy = float(value)
+        vars(self)["target_entropy"] = value
 
     @property
     def log_ent_coef(self) -> th.Tensor | None:

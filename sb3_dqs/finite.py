@@ -51,8 +51,8 @@ def check_finite(what: str, value: Any, num_timesteps: int, remedy: str) -> None
 
 class FiniteStepCallback(BaseCallback):
     """
-    Checks every step of the environment. It comes before the user's callbacks, so that they save nothing that a bad number
-    has spoilt.
+    Checks every step of the environment. It comes before the user's callbacks, so that they save nothing that
+    contains such a number.
     """
 
     model: "DQS"
@@ -152,6 +152,6 @@ def check_parameters(
     name = find_not_finite({"policy": state}, state)  # None where the norm alone overflowed
     if name is not None:
         raise ValueError(
-            f"{name} is not finite at step {num_timesteps}: the last gradient step spoilt it; {LOAD_EARLIER} "
+            f"{name} is not finite at step {num_timesteps}: it became so in the last gradient step; {LOAD_EARLIER} "
             f"({learning_rate=})."
         )

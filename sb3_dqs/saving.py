@@ -1,4 +1,4 @@
-"""Files that are whole: written beside their target and renamed; torn and foreign ones are named when they are read."""
+"""Files that are whole: written beside their target and renamed; others are named when they are read."""
 
 import contextlib
 import io
@@ -100,12 +100,13 @@ def check_model_file(path: str | Path | io.BufferedIOBase) -> None:
             if file is not path:
                 stack.enter_context(file)
             archive = stack.enter_context(zipfile.ZipFile(file))
-            missing = {"data", "policy.pth"} - set(archive.namelist())  # a torn file may look like its last member
+            missing = {"data", "policy.pth"} - set(archive.namelist())  # a truncated file may look like its last member
             bad = archive.testzip()
             problem = f"it has no {min(missing)}" if missing else f"{bad} does not have its checksum" if bad else ""
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         problem = str(error)
     if problem:
         raise ValueError(
-            f"path={path}: the file is torn, or no model that save() wrote: {problem}; load an earlier checkpoint."
+            f"path={path}: the file is truncated or corrupt, or no model that save() wrote: {problem}; "
+            "load an earlier checkpoint."
         )

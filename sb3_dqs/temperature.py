@@ -166,10 +166,13 @@ class AutoTemperature(Temperature):
         is_highest = self.log_ent_coef >= self.log_max and self.mean_error.value < 0
         if (self.log_ent_coef < log_min or is_highest) and not self.has_warned:
             self.has_warned = True
+            default = -self.action_dim
+            remedy = f"choose a target_entropy nearer to the default, {default}"
+            if self.target_entropy == default:
+                remedy = "fix ent_coef, or scale the rewards if Q does not depend on the action"
             warn_once(
                 f"ent_coef={self.log_ent_coef.exp().item():.2g} is at its bound: Q varies by {q_spread.item():.2g} over the "
-                f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it; choose a "
-                f"target_entropy nearer to the default, {-self.action_dim}."
+                f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it; {remedy}."
             )
         self.log_ent_coef.clamp_(min=log_min)
 

@@ -1,5 +1,6 @@
 """DQS as a citizen of Stable-Baselines3: arguments, training, logging, noise, reproducibility."""
 
+import copy
 import inspect
 import math
 import warnings
@@ -203,7 +204,7 @@ class TestActor:
             actor.net[-1].bias.add_(1.0)  # elsewhere than standard normal numbers
         loss, metrics = model.actor_loss(obs, 0.2)
         density, draws = model.target_estimator.seen[-1]
-        assert len(density.obs) == 100 and set(metrics) == {"q_spread"}
+        assert len(density.obs) == 100 and metrics == {}
         with th.no_grad():
             for k in range(4):
                 q_values = th.cat(model.critic(density.obs, th.tanh(draws.u[:, k])), dim=1)
@@ -280,6 +281,14 @@ class TestActor:
         model.train(5, 64)
         assert len(model.target_estimator.seen) == 5 and not model.target_estimator.for_next_states.seen
 
+    def test_frozen_keeps_its_parameters_while_the_critic_learns(self, make_model):
+        model = make_model().learn(20)
+        model.actor.requires_grad_(False)
+        actor, critic = (copy.deepcopy(part.state_dict()) for part in (model.actor, model.critic))
+        model.learn(30, reset_num_timesteps=False)
+        assert same(model.actor.state_dict(), actor) and not same(model.critic.state_dict(), critic)
+        assert math.isfinite(model.logger.name_to_value["train/actor_loss"])
+
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
         model.train(30, 100)
@@ -305,6 +314,18 @@ class TestNamesOfSac:
         assert "train/ent_coef_loss" in model.logger.name_to_value
         with pytest.raises(AttributeError, match=r"model\.temperature\.update"):
             _ = model.ent_coef_optimizer
+
+    def test_target_entropy_can_be_set_during_training(self, make_model, tmp_path):
+        model = make_model(ent_coef="auto_0.1", learning_rate=1e-2).learn(20)
+        model.target_entropy = 0.69  # above the policy's, which is above -1, the default: the temperature rises, not falls
+        model.train(50, 16)
+        assert float(model.ent_coef_tensor) > 0.1
+        model.save(tmp_path / "model")
+        loaded = DQS.load(tmp_path / "model")
+        assert loaded.target_entropy == loaded.temperature.target_entropy == 0.69
+        with pytest.raises(ValueError, match=r"target_entropy=0\.7 cannot be reached"):
+            model.target_entropy = 0.7
+        assert model.target_entropy == 0.69
 
     @pytest.mark.parametrize(
         ("ent_coef", "last"), [(0.2, 0.2), ("log_linear_1.0_0.01", 0.01), (lambda p: 10 ** (2 * p - 2), 0.01)]

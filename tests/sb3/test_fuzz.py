@@ -404,7 +404,7 @@ def plain_text(error: BaseException) -> str:
 def verdict(case: Case, cls: type[DQS] = DQS) -> tuple[str, str]:
     """
     :param case: is not changed
-    :param cls: DQS, or a spoilt one to test the verdict
+    :param cls: DQS, or a faulty subclass to test the verdict
     :return: the column of the table, and why
     """
     (dqs, attempted), (sac, _) = attempt(cls, case), attempt(SAC, case)

@@ -187,6 +187,35 @@ def test_augmentation_is_applied_once_to_obs_and_once_to_next_obs_and_never_in_p
     assert np.abs(model.replay_buffer.observations).max() < 90
 
 
+def test_augmentation_with_parameters_is_not_trained(make_model):
+    model = make_model(augmentation=nn.Linear(3, 3)).learn(30)
+    assert all(param.grad is None for param in model.augmentation.parameters())
+
+
+class StatedTemperature(Temperature):
+    """Returns what it is told to, and from the update on something else."""
+
+    def __init__(self, value, later):
+        super().__init__()
+        self.value, self.later = value, later
+
+    def forward(self, progress_remaining):
+        return self.value
+
+    def update(self, entropy, learning_rate):
+        self.value = self.later
+
+
+@pytest.mark.parametrize("value", [th.tensor(-0.1), th.tensor(0.0), th.tensor(math.nan), th.ones(1), 0.1])
+def test_temperatures_that_cannot_work_are_refused_before_training_and_stop_it(make_model, value):
+    message = r"`ent_coef`: StatedTemperature\.forward\(.*\) must return a positive, finite 0-d tensor"
+    with pytest.raises(ValueError, match=message):
+        make_model(ent_coef=StatedTemperature(value, value))
+    if isinstance(value, th.Tensor):
+        with pytest.raises(ValueError, match=message):
+            make_model(ent_coef=StatedTemperature(th.tensor(0.1), value)).learn(40)
+
+
 class TestBoundsOfTheTemperature:
     def test_spread_of_q_is_that_of_uniform_actions(self, make_model):
         """The standard deviation of U(-1, 1) is 1 / sqrt(3); that of its estimate from 20,000 pairs is 1 %."""

@@ -351,3 +351,15 @@ def test_export_of_the_deterministic_path_for_batches_of_any_size(best_of_n_by_q
             assert th.allclose(exported(obs), expected, atol=1e-5)
             (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
             np.testing.assert_allclose(result, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_export_to_an_older_version_of_onnx():
+    """torch converts its graph to version 17, in which chunk() and split() are written otherwise."""
+    module = DeterministicPolicy(make_policy(diffusion_steps=4)).eval()
+    obs, buffer = th.randn(2, 3), io.BytesIO()
+    with th.no_grad():
+        th.onnx.export(module, (obs,), buffer, opset_version=17, verbose=False)
+        session = onnxruntime.InferenceSession(buffer.getvalue())
+        (result,) = session.run(None, {session.get_inputs()[0].name: obs.numpy()})
+        np.testing.assert_allclose(result, module(obs).numpy(), atol=1e-4)

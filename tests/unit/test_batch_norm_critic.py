@@ -148,6 +148,12 @@ def test_learns_the_discounted_sum_of_a_constant_reward():
     assert abs(values.mean().item() - 2) < 0.1 and values.std() < 0.3
 
 
+def test_has_what_pipelines_read_of_sb3s_critic():
+    critic = make_critic(n_critics=3)
+    obs, actions, _, _ = batch(5)
+    assert critic.n_critics == 3 and th.equal(critic.q1_forward(obs, actions), critic(obs, actions)[0])
+
+
 def test_critics_do_not_train_a_shared_extractor():
     extractor = FlattenExtractor(OBS)
     extractor.linear = nn.Linear(3, 3)
