@@ -38,13 +38,13 @@ class BatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(th.ones(size)), nn.Parameter(th.zeros(size))
         self.register_buffer("running_mean", th.zeros(size))
         self.register_buffer("running_var", th.ones(size))
-        self.n_batches = 0  # no buffer: reading one waits for the GPU
+        self.n_batches = 0.0  # no buffer: reading one waits for the GPU
 
     def get_extra_state(self) -> th.Tensor:
-        return th.tensor(self.n_batches)
+        return th.tensor(self.n_batches)  # floating, as users and SB3's tests expect of all that get_parameters() gives
 
     def set_extra_state(self, state: th.Tensor) -> None:
-        self.n_batches = int(state)
+        self.n_batches = float(state)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

@@ -154,6 +154,13 @@ def test_has_what_pipelines_read_of_sb3s_critic():
     assert critic.n_critics == 3 and th.equal(critic.q1_forward(obs, actions), critic(obs, actions)[0])
 
 
+def test_all_that_get_parameters_gives_is_floating():
+    """Pipelines add noise to it, or fill it with th.rand_like()."""
+    critic = make_critic()
+    critic.load_state_dict({name: th.rand_like(value) for name, value in critic.state_dict().items()})
+    assert all(0 < module.get_extra_state() < 1 for module in critic.modules() if isinstance(module, BatchNorm))
+
+
 def test_critics_do_not_train_a_shared_extractor():
     extractor = FlattenExtractor(OBS)
     extractor.linear = nn.Linear(3, 3)
