@@ -52,7 +52,7 @@ class Actor(BasePolicy):
 
     action_space: spaces.Box
     mode_latent: th.Tensor
-    held_latents: th.Tensor
+    held_latents: th.Tensor | None
     last_std: th.Tensor
     frequencies: th.Tensor
     step_sigmas: th.Tensor
@@ -122,8 +122,8 @@ class Actor(BasePolicy):
         self.register_buffer("step_sigmas", step_sigmas, persistent=False)
         self.register_buffer("step_features", self.level_features(step_sigmas), persistent=False)
         self.register_buffer("mode_latent", mode_latent(self.action_dim), persistent=False)
-        # What use_sde=True holds: one latent per environment
-        self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else th.zeros(1, 1), persistent=False)
+        # The next stochastic actions come from these, shape (n_envs, action_dim), or from new ones: None
+        self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else None, persistent=False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -302,7 +302,7 @@ class Actor(BasePolicy):
 
     def _acting_latents(self, embedding: th.Tensor) -> th.Tensor:
         n_envs = embedding.shape[0]
-        if not self.use_sde:
+        if self.held_latents is None:
             return th.randn(n_envs, self.action_dim, device=embedding.device)
         # As gSDE: one noise per environment, or the first one for batches of another size
         return self.held_latents if len(self.held_latents) == n_envs else self.held_latents[:1].expand(n_envs, -1)

@@ -34,6 +34,7 @@ from sb3_dqs.policies import CRITICS, CnnPolicy, DQSPolicy, MultiInputPolicy
 from sb3_dqs.temperature import Temperature, make_temperature
 
 BACKUPS = ("soft", "hard")
+EXPLORATION_NOISES = ("white", "pink")
 DEFAULT_EXTRACTORS = {DQSPolicy: FlattenExtractor, CnnPolicy: NatureCNN, MultiInputPolicy: CombinedExtractor}
 # What the policy gives to its critics; `critic_kwargs` may replace it
 CRITIC_ARGUMENTS = ["observation_space", "action_space", "net_arch", "features_extractor", "features_dim", "activation_fn"]
@@ -217,6 +218,7 @@ ARGUMENT_CHECKS: dict[str, Argument] = {
         f"one of {tuple(DENOISER_TARGETS)} or a DenoiserTarget",
     ),
     "backup": Argument(lambda v: isinstance(v, str) and v in BACKUPS, f"one of {BACKUPS}"),
+    "exploration_noise": Argument(lambda v: isinstance(v, str) and v in EXPLORATION_NOISES, f"one of {EXPLORATION_NOISES}"),
     "augmentation": Argument(lambda v: v is None or isinstance(v, nn.Module), "None or a torch.nn.Module"),
     "compile": BOOL,
 }

@@ -38,6 +38,7 @@ from sb3_dqs.checks import (
 )
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, make_denoiser_target
+from sb3_dqs.exploration import PinkLatents
 from sb3_dqs.finite import LOAD_EARLIER, FiniteStepCallback, check_finite, check_parameters, find_not_finite
 from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
@@ -136,6 +137,9 @@ class DQS(OffPolicyAlgorithm):
         (:class:`sb3_dqs.denoiser_targets.PosteriorMean`), the paper's ``"energy_gradient"``
         (:class:`sb3_dqs.denoiser_targets.EnergyGradient`), or a :class:`sb3_dqs.denoiser_targets.DenoiserTarget`
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
+    :param exploration_noise: Noise that the sampler starts from in rollouts: ``"white"``, new at every step, or ``"pink"``,
+        correlated over time (:class:`sb3_dqs.exploration.PinkLatents`), for tasks in which reward needs many steps in one
+        direction. A single action has the policy's distribution with both, and with ``use_sde``, which replaces them
     :param augmentation: Module applied to the observations and to the next observations of a batch, once each, in training
         only (random shifts of images, for instance)
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
@@ -196,6 +200,7 @@ class DQS(OffPolicyAlgorithm):
         policy_delay: int = 2,
         denoiser_target: str | DenoiserTarget = "posterior_mean",
         backup: str = "soft",
+        exploration_noise: str = "white",
         augmentation: nn.Module | None = None,
         compile: bool = False,
     ):
@@ -245,6 +250,7 @@ class DQS(OffPolicyAlgorithm):
         self.policy_delay = policy_delay
         self.denoiser_target = denoiser_target
         self.backup = backup
+        self.exploration_noise = exploration_noise
         self.augmentation = augmentation
         self.compile = compile
 
@@ -289,6 +295,7 @@ class DQS(OffPolicyAlgorithm):
                     f"got an AutoTemperature with action_dim={self.temperature.action_dim}."
                 )
         self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
+        self.pink_latents = PinkLatents(self.actor.action_dim).to(self.device)
         if self.augmentation is not None:
             self.augmentation.to(self.device)
 
@@ -540,16 +547,20 @@ class DQS(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if action_noise is None:
-            return super()._sample_action(learning_starts, None, n_envs)
-        draw = action_noise  # for type checker
-
         def checked_noise() -> np.ndarray:
-            noise = draw()
+            assert action_noise is not None  # for type checker
+            noise = action_noise()
             check_finite("`action_noise`: the noise", noise, self.num_timesteps, "Mend `action_noise`")
             return noise
 
-        return super()._sample_action(learning_starts, checked_noise, n_envs)  # type: ignore[arg-type]
+        sample = partial(super()._sample_action, learning_starts, checked_noise if action_noise else None, n_envs)  # type: ignore[arg-type]
+        if self.use_sde or self.exploration_noise != "pink":
+            return sample()
+        self.actor.held_latents = self.pink_latents(n_envs)
+        try:
+            return sample()
+        finally:
+            self.actor.held_latents = None
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -687,10 +698,11 @@ class DQS(OffPolicyAlgorithm):
             "batch_norm_stats_target",
             "temperature",
             "target_estimator",
+            "pink_latents",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"], []
+        return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator", "pink_latents"], []
 
     # What pipelines of SAC read and write
 

@@ -147,6 +147,7 @@ ARGUMENTS: dict[str, Pool] = {
     "n_copies": FEW,
     "policy_delay": FEW,
     "denoiser_target": Pool(["posterior_mean", "energy_gradient"], ["x", None, 1]),
+    "exploration_noise": Pool(["pink", "white"], ["red", None, 1]),
     "backup": Pool(["soft", "hard"], ["x", None, True]),
     "augmentation": Pool([None, th.nn.Identity()], [th.nn.Identity, "x"]),
 }

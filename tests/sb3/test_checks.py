@@ -64,6 +64,7 @@ BAD_ARGUMENTS = {
     "seed": [-7, 1.0, "random", 2**32],
     "device": ["quantum", None, 1.5],
     "backup": ["semi", None, True],
+    "exploration_noise": ["red", None, 1],
     "compile": ["yes", 1, None],
     "policy_kwargs": [[64, 64], "net_arch=[64]"],
     "action_noise": [0.1, "normal"],

@@ -346,6 +346,20 @@ class TestNamesOfSac:
 
 
 class TestExploration:
+    @pytest.mark.parametrize(("exploration_noise", "is_correlated"), [("white", False), ("pink", True)])
+    def test_noise_of_rollouts(self, make_model, exploration_noise, is_correlated):
+        """The policy of a new actor is near N(0, sigma_data^2): its action grows with the latent."""
+        env = make_vec_env("Pendulum-v1", 50)
+        kwargs = {"learning_starts": 0, "gradient_steps": 0, "buffer_size": 5_000, "seed": 0}
+        model = make_model(env=env, exploration_noise=exploration_noise, **kwargs).learn(5_000)
+        actions = model.replay_buffer.actions[:100, :, 0]  # steps, environments
+        correlation = np.corrcoef(actions[:-4].ravel(), actions[4:].ravel())[0, 1]
+        assert correlation == pytest.approx(0.5 if is_correlated else 0.0, abs=0.1)
+        # Outside of rollouts, actions are independent
+        obs = np.tile(model.env.reset()[:1], (50, 1))
+        pairs = np.array([model.predict(obs)[0].ravel() for _ in range(100)])
+        assert abs(np.corrcoef(pairs[:-1].ravel(), pairs[1:].ravel())[0, 1]) < 0.1
+
     def test_use_sde_holds_one_noise_per_environment(self, make_model):
         model = make_model(env=make_vec_env("Pendulum-v1", 3), use_sde=True, sde_sample_freq=4, train_freq=8).learn(60)
         obs = np.zeros((3, 3), np.float32)

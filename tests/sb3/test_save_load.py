@@ -85,7 +85,7 @@ def test_nothing_is_pickled_that_sac_does_not_pickle(make_model, tmp_path):
             return set(json.loads(archive.read("data")))
 
     ours = {"n_mc_samples", "own_draws_freq", "own_share", "n_draws", "next_share", "n_copies", "policy_delay"}
-    ours |= {"denoiser_target", "backup", "augmentation", "compile"}
+    ours |= {"denoiser_target", "backup", "exploration_noise", "augmentation", "compile"}
     assert keys(tmp_path / "dqs.zip") - keys(tmp_path / "sac.zip") == ours
 
 
