@@ -7,11 +7,13 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
 - ``Fork``: three of the four openings are closed after training; share of the closings with a success in ten attempts. One
   route kept is worth 0.25, all four 1.
 - ``DelayedBest``: mean return of 20 stochastic episodes at every 500 steps from 2,500 on: the better goal found early.
+- ``MountainCar``: return of five deterministic episodes after 8,000 steps of ``MountainCarContinuous-v0``; standing still
+  is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC.
 
-DQS has SAC's critic here, and SAC the learning rate of DQS. "SAC, equal entropy" tunes its temperature to the entropy that
-DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a row of
-``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
-bootstrap intervals, and saves a figure. One to two minutes on one core per run.
+"DQS" has SAC's critic here, "DQS, pink noise" the default one, and SAC the learning rate of DQS. "SAC, equal entropy" tunes
+its temperature to the entropy that DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a
+row of ``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
+bootstrap intervals, and saves a figure. One to three minutes on one core per run.
 """
 
 import argparse
@@ -38,26 +40,51 @@ from common import (
     use_one_thread,
 )
 from returns import find_algorithm
+from stable_baselines3 import SAC
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_dqs  # noqa: F401  # registers the environments
+from sb3_dqs.exploration import PinkLatents
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STEPS = {"Keeper": 4_000, "Fork": 4_000, "DelayedBest": 5_000}
+STEPS = {"Keeper": 4_000, "Fork": 4_000, "DelayedBest": 5_000, "MountainCar": 8_000}
+ENV_IDS = {task: f"sb3_dqs/{task}-v0" for task in STEPS} | {"MountainCar": "MountainCarContinuous-v0"}
 TASK_KWARGS: dict[str, dict[str, Any]] = {
     "Keeper": {},
     # Random moves find all openings. The temperature is that at which rewards are worth what entropy is
     "Fork": {"learning_starts": 1_000, "ent_coef": 1.0},
     # Random moves find the far goal in few episodes
     "DelayedBest": {"learning_starts": 2_000},
+    "MountainCar": {},
 }
+
+
+class PinkSAC(SAC):
+    """SAC with the pink noise of DQS in rollouts."""
+
+    def _sample_action(self, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        if not hasattr(self, "pink_latents"):
+            self.pink_latents = PinkLatents(int(np.prod(self.action_space.shape)))
+        obs, _ = self.policy.obs_to_tensor(self._last_obs)
+        with th.no_grad():
+            mean, log_std, _ = self.actor.get_action_dist_params(obs)
+            actions = th.tanh(mean + log_std.exp() * self.pink_latents(n_envs)).numpy()
+        return self.policy.unscale_action(actions), actions
+
+
 EQUAL_ENTROPY = "SAC, equal entropy"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "DQS": ("DQS", {"policy_kwargs": {"critic_class": "mlp"}}),
     "DQS, default critic": ("DQS", {}),
+    "DQS, pink noise": ("DQS", {"exploration_noise": "pink"}),
     "SAC": ("SAC", {"learning_rate": 1e-3}),
+    "SAC, pink noise": ("PinkSAC", {"learning_rate": 1e-3}),
+    "SAC, gSDE held for 32 steps": ("SAC", {"learning_rate": 1e-3, "use_sde": True, "train_freq": 32, "gradient_steps": 32}),
     EQUAL_ENTROPY: ("SAC", {"learning_rate": 1e-3, "ent_coef": "auto"}),
     "SAC, default learning rate": ("SAC", {}),
     "TQC": ("TQC", {"learning_rate": 1e-3}),
@@ -77,7 +104,7 @@ def run_episode(model: OffPolicyAlgorithm, env: gym.Env, seed: int | None = None
 
 
 def mean_return(model: OffPolicyAlgorithm, task: str, n_episodes: int) -> float:
-    env = gym.make(f"sb3_dqs/{task}-v0")
+    env = gym.make(ENV_IDS[task])
     return float(np.mean([run_episode(model, env, seed=0 if i == 0 else None)[0] for i in range(n_episodes)]))
 
 
@@ -96,6 +123,7 @@ SCORES: dict[str, Callable[[OffPolicyAlgorithm], float]] = {
     "Keeper": partial(mean_return, task="Keeper", n_episodes=400),
     "Fork": success_when_closed,
     "DelayedBest": partial(mean_return, task="DelayedBest", n_episodes=20),
+    "MountainCar": lambda model: evaluate_policy(model, model.get_env(), n_eval_episodes=5)[0],
 }
 
 
@@ -114,13 +142,18 @@ def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dic
     kwargs = {**TASK_KWARGS[task], **kwargs}
     if target_entropy is not None:
         kwargs["target_entropy"] = target_entropy
-    model = find_algorithm(name)("MlpPolicy", f"sb3_dqs/{task}-v0", seed=seed, device="cpu", **kwargs)
+    cls = PinkSAC if name == "PinkSAC" else find_algorithm(name)
+    model = cls("MlpPolicy", ENV_IDS[task], seed=seed, device="cpu", **kwargs)
     scores = []
     for step in range(500, STEPS[task] + 1, 500):
         model.learn(500, reset_num_timesteps=step == 500, log_interval=10**9)
         if step == STEPS[task] or (task == "DelayedBest" and step >= 2_500):
             scores.append(SCORES[task](model))
-    values = {"score": np.mean(scores), "return": mean_return(model, task, 100), "entropy": measured_entropy(model)}
+    values = {
+        "score": np.mean(scores),
+        "return": mean_return(model, task, 100 if task != "MountainCar" else 5),
+        "entropy": measured_entropy(model),
+    }
     row: dict[str, Any] = {"task": task, "variant": variant, "seed": seed, "steps": STEPS[task]}
     return row | {name: round(float(value), 4) for name, value in values.items()}
 
