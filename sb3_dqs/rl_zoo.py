@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sb3_dqs.checks import BACKUPS
+from sb3_dqs.checks import BACKUPS, EXPLORATION_NOISES
 from sb3_dqs.denoiser_targets import DENOISER_TARGETS
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import CRITICS
@@ -92,6 +92,7 @@ def sample_dqs_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
         "diffusion_steps": trial.suggest_int("diffusion_steps", 4, 16),
         "denoiser_target": trial.suggest_categorical("denoiser_target", list(DENOISER_TARGETS)),
         "backup": trial.suggest_categorical("backup", BACKUPS),
+        "exploration_noise": trial.suggest_categorical("exploration_noise", EXPLORATION_NOISES),
     }
     if params["critic_class"] == "mlp":  # the other has no target network
         params["tau"] = trial.suggest_float("tau", 0.001, 0.08, log=True)
