@@ -278,6 +278,8 @@ class DQS(OffPolicyAlgorithm):
                     f"`{name}={getattr(self, name)}` has no effect: {type(self.critic).__name__} has no target network; pass "
                     'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.'
                 )
+        if self.use_sde and self.exploration_noise == "pink":
+            warn_once('`exploration_noise="pink"` has no effect with use_sde=True, which holds the noise; remove one of them.')
         # Running mean and running var
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])

@@ -21,6 +21,7 @@ from toys import OneStepEnv, RandomEnv, Recorder, RecordingCritic, TwoRecorders,
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.density import log_det_tanh
 from sb3_dqs.noise import c_out
+from sb3_dqs.warn_once import warn_once
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate")
 
@@ -359,6 +360,11 @@ class TestExploration:
         obs = np.tile(model.env.reset()[:1], (50, 1))
         pairs = np.array([model.predict(obs)[0].ravel() for _ in range(100)])
         assert abs(np.corrcoef(pairs[:-1].ravel(), pairs[1:].ravel())[0, 1]) < 0.1
+
+    def test_pink_noise_and_held_noise_exclude_each_other(self, make_model):
+        warn_once.cache_clear()
+        with pytest.warns(UserWarning, match=r'`exploration_noise="pink"` has no effect with use_sde=True'):
+            make_model(use_sde=True, exploration_noise="pink")
 
     def test_use_sde_holds_one_noise_per_environment(self, make_model):
         model = make_model(env=make_vec_env("Pendulum-v1", 3), use_sde=True, sde_sample_freq=4, train_freq=8).learn(60)
