@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dqs import fast
+from sb3_dqs.averaging import update_average
 from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
 
 
@@ -183,22 +184,12 @@ class BatchNormCritic(Critic):
         next_actions: th.Tensor,
         make_targets: MakeTargets,
     ) -> th.Tensor:
-        self._average()  # what the last update made of the networks
+        update_average(self.averaged_networks, self.q_networks, self.averaging_rate)  # what the last update made of them
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])
         pairs = [training_pass(q_network, both).split([len(inputs), len(next_inputs)]) for q_network in self.q_networks]
         targets = make_targets(minimum(next_values.detach() for _, next_values in pairs))
         return squared_errors((q_values for q_values, _ in pairs), targets)
-
-    @th.no_grad()
-    def _average(self) -> None:
-        networks, averages = self.q_networks, self.averaged_networks
-        fast.update_target(networks.parameters(), averages.parameters(), self.averaging_rate)
-        for buffer, average in zip(networks.buffers(), averages.buffers(), strict=True):
-            if buffer.is_floating_point():
-                average.lerp_(buffer, self.averaging_rate)
-            else:
-                average.copy_(buffer)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)

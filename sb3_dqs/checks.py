@@ -247,6 +247,7 @@ POLICY_KWARGS_CHECKS: dict[str, Argument] = {
     "solver": Argument(callable, "a function, see sb3_dqs.solvers"),
     "n_frequencies": _integer(1),
     "best_of_n_by_q": _optional(_integer(1)),
+    "actor_averaging_rate": SHARE,
 }
 
 

@@ -362,6 +362,7 @@ class DQS(OffPolicyAlgorithm):
                     self.actor.optimizer.zero_grad()
                     actor_loss.backward()
                     self.actor.optimizer.step()
+                    self.policy.average_actor()
                 logs["actor_loss"].append(actor_loss.detach())
                 for name, value in metrics.items():
                     logs[name].append(value)

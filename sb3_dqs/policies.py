@@ -24,6 +24,7 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
+from sb3_dqs.averaging import update_average
 from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.finite import LOAD_EARLIER, is_finite
@@ -106,9 +107,13 @@ class DQSPolicy(BasePolicy):
     :param n_frequencies: Number of frequencies by which the noise level enters the actor
     :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the critic's energy) among this
         many, instead of the one that the actor alone finds
+    :param actor_averaging_rate: Deterministic actions come from a running average of the actor with this rate per update of
+        the actor, as images of diffusion models do (Karras et al. 2022); 1 for the actor itself. Training and stochastic
+        actions use the actor. Change ``policy.averaged_actor``, too, if you change the parameters of the actor by hand
     """
 
     actor: Actor
+    averaged_actor: Actor | None
     critic: Critic
     critic_target: Critic
     latent_bank: th.Tensor  # with best_of_n_by_q only
@@ -138,6 +143,7 @@ class DQSPolicy(BasePolicy):
         solver: Solver = dpm_solver_2m,
         n_frequencies: int = 2,
         best_of_n_by_q: int | None = None,
+        actor_averaging_rate: float = 1.0,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
         super().__init__(
@@ -167,6 +173,7 @@ class DQSPolicy(BasePolicy):
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.best_of_n_by_q = best_of_n_by_q
+        self.actor_averaging_rate = actor_averaging_rate
         self.critic_class = CRITICS[critic_class] if isinstance(critic_class, str) else critic_class
         self.own_critic_kwargs = critic_kwargs
         self.share_features_extractor = share_features_extractor
@@ -200,6 +207,10 @@ class DQSPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
+        self.averaged_actor = None
+        if self.actor_averaging_rate < 1:
+            self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
+            self.averaged_actor.set_training_mode(False)
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         if self.share_features_extractor:
@@ -290,6 +301,7 @@ class DQSPolicy(BasePolicy):
                 critic_class=self.critic_class,
                 critic_kwargs=self.own_critic_kwargs,
                 best_of_n_by_q=self.best_of_n_by_q,
+                actor_averaging_rate=self.actor_averaging_rate,
                 n_critics=self.critic_kwargs["n_critics"],
                 share_features_extractor=self.share_features_extractor,
                 lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
@@ -308,6 +320,11 @@ class DQSPolicy(BasePolicy):
         :param batch_size: number of environments, each with its own noise
         """
         self.actor.reset_noise(batch_size=batch_size)
+
+    def average_actor(self) -> None:
+        """Move the running average of the actor, if there is one; called after every update of the actor."""
+        if self.averaged_actor is not None:
+            update_average(self.averaged_actor, self.actor, self.actor_averaging_rate)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
@@ -374,14 +391,15 @@ class DQSPolicy(BasePolicy):
             super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        actor = self.averaged_actor if deterministic and self.averaged_actor is not None else self.actor
         if deterministic and self.best_of_n_by_q is not None:
-            embedding = self.actor.embed(observation)
-            u = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
+            embedding = actor.embed(observation)
+            u = actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
             actions = th.tanh(u)
             values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
             action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
             return action + 0 * values  # NaN where the values are not finite
-        return self.actor(observation, deterministic)
+        return actor(observation, deterministic)
 
     @locked
     @th.no_grad()

@@ -177,6 +177,7 @@ POLICY_KWARGS: dict[str, Pool] = {
     "diffusion_steps": Pool([3, 4, np.int64(5)], [2, *COUNTS]),
     "n_frequencies": FEW,
     "best_of_n_by_q": Pool([None, 1, 4], COUNTS),
+    "actor_averaging_rate": Pool([1.0, 0.01], [0, 1.5, "slow"]),
     "x": Pool([], [1]),
 }
 PROTOCOLS = ("save", "buffer", "continue", "set_parameters", "policy", "deepcopy", "evaluate")

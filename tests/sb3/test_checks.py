@@ -87,6 +87,7 @@ BAD_POLICY_KWARGS = {
     "n_frequencies": [0, 1.5, None],
     "n_critics": [0, -1, 1.5],
     "best_of_n_by_q": ["yes", True, 0, 1.5],
+    "actor_averaging_rate": [0, 1.5, None, "slow"],
     "share_features_extractor": ["no"],
     "normalize_images": ["no", 1],
     "use_sde": ["no", 1],

@@ -290,6 +290,33 @@ class TestActor:
         assert same(model.actor.state_dict(), actor) and not same(model.critic.state_dict(), critic)
         assert math.isfinite(model.logger.name_to_value["train/actor_loss"])
 
+    def test_deterministic_actions_come_from_its_average_and_nothing_else_does(self, make_model, tmp_path):
+        kwargs = {"learning_rate": 1e-2, "policy_delay": 1}
+        plain = make_model(**kwargs).learn(60)
+        model = make_model(policy_kwargs={"actor_averaging_rate": 0.1}, **kwargs)
+        seen = [copy.deepcopy(model.actor.state_dict())]
+        average_actor = model.policy.average_actor
+        model.policy.average_actor = lambda: (average_actor(), seen.append(copy.deepcopy(model.actor.state_dict())))
+        model.learn(60)
+        del model.policy.average_actor
+        assert len(seen) == 41 and same(model.actor.state_dict(), plain.actor.state_dict())
+        obs = np.zeros((1, 3), np.float32)
+        for name, value in model.policy.averaged_actor.state_dict().items():
+            expected = seen[0][name]
+            for state in seen[1:]:
+                expected = 0.9 * expected + 0.1 * state[name]
+            assert th.allclose(value, expected, atol=1e-5)
+        action, _ = model.predict(obs, deterministic=True)
+        assert not np.allclose(action, plain.predict(obs, deterministic=True)[0])
+        states = th.get_rng_state()
+        stochastic, _ = model.predict(obs)
+        th.set_rng_state(states)
+        assert np.array_equal(stochastic, plain.predict(obs)[0])
+        model.save(tmp_path / "model")
+        assert np.array_equal(DQS.load(tmp_path / "model").predict(obs, deterministic=True)[0], action)
+        optimized = {id(param) for group in model.actor.optimizer.param_groups for param in group["params"]}
+        assert not optimized & {id(param) for param in model.policy.averaged_actor.parameters()}
+
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
         model.train(30, 100)
