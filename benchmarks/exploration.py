@@ -82,6 +82,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "DQS": ("DQS", {"policy_kwargs": {"critic_class": "mlp"}}),
     "DQS, default critic": ("DQS", {}),
     "DQS, pink noise": ("DQS", {"exploration_noise": "pink"}),
+    "DQS, held for 32 steps": ("DQS", {"use_sde": True, "train_freq": 32, "gradient_steps": 32}),
     "SAC": ("SAC", {"learning_rate": 1e-3}),
     "SAC, pink noise": ("PinkSAC", {"learning_rate": 1e-3}),
     "SAC, gSDE held for 32 steps": ("SAC", {"learning_rate": 1e-3, "use_sde": True, "train_freq": 32, "gradient_steps": 32}),
