@@ -155,7 +155,7 @@ def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dic
         "return": mean_return(model, task, 100 if task != "MountainCar" else 5),
         "entropy": measured_entropy(model),
     }
-    row: dict[str, Any] = {"task": task, "variant": variant, "seed": seed, "steps": STEPS[task]}
+    row: dict[str, Any] = {"task": task, "variant": variant, "seed": seed, "steps": model.num_timesteps}
     return row | {name: round(float(value), 4) for name, value in values.items()}
 
 

@@ -122,7 +122,7 @@ class Actor(BasePolicy):
         self.register_buffer("step_sigmas", step_sigmas, persistent=False)
         self.register_buffer("step_features", self.level_features(step_sigmas), persistent=False)
         self.register_buffer("mode_latent", mode_latent(self.action_dim), persistent=False)
-        # The next stochastic actions come from these, shape (n_envs, action_dim), or from new ones: None
+        # Latents of the next stochastic actions, shape (n_envs, action_dim). If None, new ones are drawn at every call
         self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else None, persistent=False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Actor(BasePolicy):
         """
         hidden = self.embed_features(self.extract_features(obs, self.features_extractor))
         gaussian = self.gaussian(hidden)
-        # Slices, because torch's older ONNX exporter writes chunk() and split() of a symbolic batch wrongly
+        # Slices, because torch 2.13 makes invalid nodes of chunk() and split() in ONNX of version 17
         mean, log_scale = gaussian[..., : self.action_dim], gaussian[..., self.action_dim :]
         # At most sigma_data times or divided by exp(MAX_LOG_SCALE)
         std = self.noise.sigma_data * th.exp(MAX_LOG_SCALE * th.tanh(log_scale / MAX_LOG_SCALE))

@@ -138,8 +138,8 @@ class DQS(OffPolicyAlgorithm):
         (:class:`sb3_dqs.denoiser_targets.EnergyGradient`), or a :class:`sb3_dqs.denoiser_targets.DenoiserTarget`
     :param backup: ``"soft"`` adds the entropy bonus to the critics' target, as SAC; ``"hard"`` does not, as the paper
     :param exploration_noise: Noise that the sampler starts from in rollouts: ``"white"``, new at every step, or ``"pink"``,
-        correlated over time (:class:`sb3_dqs.exploration.PinkLatents`), for tasks in which reward needs many steps in one
-        direction. A single action has the policy's distribution with both, and with ``use_sde``, which replaces them
+        correlated over time (:class:`sb3_dqs.exploration.PinkLatents`). Use ``"pink"`` if the reward lies many steps away in
+        one direction. With ``use_sde=True`` this argument has no effect
     :param augmentation: Module applied to the observations and to the next observations of a batch, once each, in training
         only (random shifts of images, for instance)
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
@@ -279,7 +279,10 @@ class DQS(OffPolicyAlgorithm):
                     'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.'
                 )
         if self.use_sde and self.exploration_noise == "pink":
-            warn_once('`exploration_noise="pink"` has no effect with use_sde=True, which holds the noise; remove one of them.')
+            warn_once(
+                '`exploration_noise="pink"` has no effect with use_sde=True, which keeps one noise for sde_sample_freq '
+                "steps; leave out one of the two arguments."
+            )
         # Running mean and running var
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
@@ -388,6 +391,7 @@ class DQS(OffPolicyAlgorithm):
 
             self._n_updates += 1
 
+        check_temperature(self.temperature, self._current_progress_remaining)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if logs:
             # One transfer from a GPU
@@ -396,7 +400,6 @@ class DQS(OffPolicyAlgorithm):
             for name, mean in zip(logs, means, strict=True):
                 check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
-        check_temperature(self.temperature, self._current_progress_remaining)
         check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)
 
     def draws_own_actions(self, n_actor_updates: int, dones: th.Tensor) -> bool:
@@ -405,7 +408,7 @@ class DQS(OffPolicyAlgorithm):
 
         Every ``own_draws_freq``-th update minimises ``actor_loss()``, and every update does if the estimator does not take
         next states. The others minimise ``next_actor_loss()``. No next state is the first of an episode, so if a share p of
-        the batch terminates an episode, ``actor_loss()`` has every ``ceil(1 / (2 p))``-th update, if that is more often.
+        the batch terminates an episode, every ``ceil(1 / (2 p))``-th update minimises ``actor_loss()``, if that is more often.
 
         :param n_actor_updates: number of updates of the actor before this one
         :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
@@ -556,14 +559,15 @@ class DQS(OffPolicyAlgorithm):
             check_finite("`action_noise`: the noise", noise, self.num_timesteps, "Mend `action_noise`")
             return noise
 
-        sample = partial(super()._sample_action, learning_starts, checked_noise if action_noise else None, n_envs)  # type: ignore[arg-type]
-        if self.use_sde or self.exploration_noise != "pink":
+        sample = partial(super()._sample_action, learning_starts, checked_noise if action_noise is not None else None, n_envs)  # type: ignore[arg-type]
+        if self.use_sde or self.exploration_noise != "pink" or self.num_timesteps < learning_starts:
             return sample()
-        self.actor.held_latents = self.pink_latents(n_envs)
-        try:
-            return sample()
-        finally:
-            self.actor.held_latents = None
+        with self.policy.lock:  # other threads that predict meanwhile must not act by these latents
+            self.actor.held_latents = self.pink_latents(n_envs)
+            try:
+                return sample()
+            finally:
+                self.actor.held_latents = None
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -674,6 +678,7 @@ class DQS(OffPolicyAlgorithm):
             check_model_file(load_path_or_dict)
             start = f"set_parameters({load_path_or_dict}): nothing is changed"
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        params.setdefault("pink_latents", self.pink_latents.state_dict())
         self._check_state(params, start)
         for name in ("temperature", "target_estimator"):
             own = getattr(self, name).state_dict()
@@ -712,14 +717,23 @@ class DQS(OffPolicyAlgorithm):
     @property
     def target_entropy(self) -> Any:
         """Target entropy of a tuned temperature, in nats; may be set during training."""
-        return vars(self)["target_entropy"]
+        if "target_entropy" not in vars(self):
+            raise AttributeError("target_entropy")
+        temperature = vars(self).get("temperature")
+        return temperature.target_entropy if isinstance(temperature, AutoTemperature) else vars(self)["target_entropy"]
 
     @target_entropy.setter
     def target_entropy(self, value: Any) -> None:
         temperature = vars(self).get("temperature")
+        if temperature is not None:  # the model is built
+            value = check_arguments({"target_entropy": value})["target_entropy"]
+            value = -float(self.actor.action_dim) if value == "auto" else float(value)
         if isinstance(temperature, AutoTemperature):
             check_target_entropy(value, temperature.action_dim)
-            temperature.target_entropy = float(value)
+            temperature.target_entropy = value
+            if isinstance(self.ent_coef, AutoTemperature):  # what load() makes the temperature of
+                self.ent_coef = copy.deepcopy(self.ent_coef)
+                self.ent_coef.target_entropy = value
         vars(self)["target_entropy"] = value
 
     @property

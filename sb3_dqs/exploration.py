@@ -1,8 +1,9 @@
 """
 Latents of the actions that DQS explores with.
 
-The sampler maps a standard normal latent to an action of the policy. So latents that are standard normal each, but correlated
-over time, explore further without changing the distribution of a single action.
+The sampler maps a standard normal latent to an action of the policy. Latents that are standard normal each, but correlated
+over time, reach states further from the start. They are correlated with the observation, too, to which earlier latents have
+led: given the observation, actions of a rollout are not distributed as the policy. DQS learns off-policy, so this is allowed.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,10 @@ class PinkLatents(nn.Module):
 
     A latent is the sum of first-order autoregressive processes of equal variance, whose spectra together are near 1/f between
     the longest and the shortest time constant. The correlation over k steps is the mean of ``exp(-k / time_constant)``.
-    Environments and action dimensions are independent.
+    Environments and action dimensions are independent. The noise goes on where an episode ends.
 
     :param action_dim: number of action dimensions d
-    :param time_constants: in steps; 0 for white noise
+    :param time_constants: time constants of the processes, in steps; 0 makes a process white noise
     """
 
     correlations: th.Tensor
@@ -37,13 +38,17 @@ class PinkLatents(nn.Module):
         return self.states  # no buffer, because a model may be loaded for another number of environments
 
     def set_extra_state(self, state: th.Tensor) -> None:
+        if state.shape[1:] != self.states.shape[1:] or not state.isfinite().all():
+            raise RuntimeError(
+                f"\n\tstate of the pink latents: need finite (n_envs, {tuple(self.states.shape[1:])}), got {state}"
+            )
         self.states = state
 
     def forward(self, n_envs: int) -> th.Tensor:
         """
-        Go one step further.
+        Draw the latents of the next step.
 
-        :param n_envs: number of environments; if it differs from that of the last call, the processes begin anew
+        :param n_envs: number of environments; if it differs from that of the last call, all processes are drawn anew
         :return: shape (n_envs, action_dim)
         """
         shape = (n_envs, *self.states.shape[1:])

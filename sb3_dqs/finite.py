@@ -51,8 +51,8 @@ def check_finite(what: str, value: Any, num_timesteps: int, remedy: str) -> None
 
 class FiniteStepCallback(BaseCallback):
     """
-    Checks every step of the environment. It comes before the user's callbacks, so that they save nothing that
-    contains such a number.
+    Checks every step of the environment. It runs before the user's callbacks, so that they do not save a
+    number that is not finite.
     """
 
     model: "DQS"

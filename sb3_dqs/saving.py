@@ -1,4 +1,4 @@
-"""Files that are whole: written beside their target and renamed; others are named when they are read."""
+"""Files are written beside their target and renamed. Reading a truncated, corrupt or foreign one raises an error."""
 
 import contextlib
 import io

@@ -39,7 +39,7 @@ class Temperature(nn.Module):
 
     def bound(self, q_spread: th.Tensor) -> None:
         """
-        Called whenever the actor draws actions of its own; does nothing unless overridden.
+        Called after each update by ``actor_loss()``; does nothing unless overridden.
 
         :param q_spread: standard deviation of Q over uniform actions at a state, root mean square over states, 0-d
         """
@@ -166,13 +166,11 @@ class AutoTemperature(Temperature):
         is_highest = self.log_ent_coef >= self.log_max and self.mean_error.value < 0
         if (self.log_ent_coef < log_min or is_highest) and not self.has_warned:
             self.has_warned = True
-            default = -self.action_dim
-            remedy = f"choose a target_entropy nearer to the default, {default}"
-            if self.target_entropy == default:
-                remedy = "fix ent_coef, or scale the rewards if Q does not depend on the action"
+            is_point = self.log_ent_coef < log_min
             warn_once(
                 f"ent_coef={self.log_ent_coef.exp().item():.2g} is at its bound: Q varies by {q_spread.item():.2g} over the "
-                f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it; {remedy}."
+                f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it: it is nearly "
+                f"{'a point; raise' if is_point else 'uniform; lower'} target_entropy, or fix ent_coef."
             )
         self.log_ent_coef.clamp_(min=log_min)
 

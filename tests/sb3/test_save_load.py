@@ -115,8 +115,9 @@ def go_on(model: DQS) -> None:
     model.learn(200, reset_num_timesteps=False)
 
 
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(make_model, tmp_path):
-    model = make_model(learning_starts=100).learn(200)
+@pytest.mark.parametrize("exploration_noise", ["white", "pink"])
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(make_model, tmp_path, exploration_noise):
+    model = make_model(learning_starts=100, exploration_noise=exploration_noise).learn(200)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     go_on(model)

@@ -1,4 +1,4 @@
-"""A kill, an exception or a full disk at any moment leaves the old file or the new one; others are named."""
+"""A kill, an exception or a full disk at any moment leaves the old file or the new one."""
 
 import copy
 import errno
@@ -302,6 +302,22 @@ def test_predict_from_a_thread_does_not_change_the_training_mode(make_model):
     stop.set()
     thread.join()
     assert len(seen) >= 60 and all(seen)
+
+
+def test_predict_from_a_thread_does_not_act_by_the_noise_of_rollouts(make_model):
+    model = make_model(exploration_noise="pink", learning_starts=0)
+    stop, spreads = threading.Event(), []
+
+    def predict():
+        while not stop.wait(0.0005):
+            spreads.append(np.ptp(model.predict(np.zeros((8, 3), np.float32))[0]))
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    model.learn(300)
+    stop.set()
+    thread.join()
+    assert len(spreads) > 10 and min(spreads) > 0  # one latent for all eight would give one action
 
 
 def test_models_can_be_loaded_in_the_environment_they_were_made_for(make_model, tmp_path):

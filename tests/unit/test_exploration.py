@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch as th
 
 from sb3_dqs.exploration import PinkLatents
@@ -37,7 +38,7 @@ def test_spectrum_is_that_of_pink_noise():
     power = th.fft.rfft(latents, dim=0).abs().pow(2).mean(dim=1)
     octaves = [power[2**k : 2 ** (k + 1)].mean().log2() for k in range(6, 10)]  # periods from 64 to 4 steps
     slope = float(octaves[-1] - octaves[0]) / 3
-    assert abs(slope + 1) < 0.2
+    assert abs(slope + 1) < 0.08
 
 
 def test_dimensions_and_environments_are_independent():
@@ -48,7 +49,16 @@ def test_dimensions_and_environments_are_independent():
 
 def test_begins_anew_for_another_number_of_environments():
     latents = PinkLatents(action_dim=2)
-    assert [latents(n_envs).shape for n_envs in (3, 3, 5)] == [(3, 2), (3, 2), (5, 2)]
+    before, after = latents(N_ENVS), latents(N_ENVS + 1)
+    assert after.shape == (N_ENVS + 1, 2)
+    assert abs((before * after[:-1]).mean()) < 5 / math.sqrt(2 * N_ENVS)
+    assert abs((after[1:] * after[:-1]).mean()) < 5 / math.sqrt(2 * N_ENVS)
+
+
+@pytest.mark.parametrize("states", [th.zeros(3, 1, 5), th.full((3, 2, 5), math.inf)])
+def test_states_of_another_model_are_refused(states):
+    with pytest.raises(RuntimeError, match="state of the pink latents"):
+        PinkLatents(action_dim=2).set_extra_state(states)
 
 
 def test_goes_on_as_it_was_saved():
