@@ -661,7 +661,8 @@ class DQS(OffPolicyAlgorithm):
     ) -> None:
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``). State of another kind of ``ent_coef`` or ``denoiser_target``, under other names, is skipped.
+        (see ``get_parameters``). State of another kind of ``ent_coef`` or ``denoiser_target``, under other names, is skipped,
+        and so is that of another ``exploration_noise``.
 
         :param load_path_or_dict: location of the saved data, or nested dictionary
         :param exact_match: if True, the given parameters should include parameters for each module and each of their
@@ -678,7 +679,10 @@ class DQS(OffPolicyAlgorithm):
             check_model_file(load_path_or_dict)
             start = f"set_parameters({load_path_or_dict}): nothing is changed"
             _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-        params.setdefault("pink_latents", self.pink_latents.state_dict())
+        if self.exploration_noise == "pink":
+            params.setdefault("pink_latents", self.pink_latents.state_dict())
+        else:
+            params.pop("pink_latents", None)
         self._check_state(params, start)
         for name in ("temperature", "target_estimator"):
             own = getattr(self, name).state_dict()
@@ -710,7 +714,8 @@ class DQS(OffPolicyAlgorithm):
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator", "pink_latents"], []
+        names = ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"]
+        return names + ["pink_latents"] * (self.exploration_noise == "pink"), []
 
     # What pipelines of SAC read and write
 

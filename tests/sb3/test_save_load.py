@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
 from toys import same
 
 from sb3_dqs import DQS
@@ -48,6 +49,17 @@ def test_another_kind_of_ent_coef(make_model, tmp_path, saved, own):
         assert same(model.target_estimator.state_dict(), first.target_estimator.state_dict())
         assert float(model.temperature(1.0)) == pytest.approx(float(first.temperature(1.0)) if is_tuned else 0.2)
     loaded.learn(40, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize(("saved", "own"), [("white", "pink"), ("pink", "white"), ("pink", "pink")])
+def test_another_exploration_noise_and_number_of_environments(make_model, tmp_path, saved, own):
+    model = make_model(exploration_noise=saved).learn(40)
+    model.save(tmp_path / "model")
+    loaded = DQS.load(tmp_path / "model", env=make_vec_env("Pendulum-v1", 3), exploration_noise=own)
+    assert same(loaded.policy.state_dict(), model.policy.state_dict())
+    states = model.pink_latents.states if saved == own else th.empty(0, 1, 5)
+    assert th.equal(loaded.pink_latents.states, states)
+    loaded.learn(30, reset_num_timesteps=False)
 
 
 def test_another_kind_of_denoiser_target(make_model, tmp_path):
