@@ -39,12 +39,13 @@ from common import (
     read_rows,
     use_one_thread,
 )
-from returns import find_algorithm
+from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_action_dim
 
-import sb3_dqs  # noqa: F401  # registers the environments
+from sb3_dqs import DQS  # registers the environments, too
 from sb3_dqs.exploration import PinkLatents
 
 matplotlib.use("Agg")
@@ -65,11 +66,13 @@ TASK_KWARGS: dict[str, dict[str, Any]] = {
 class PinkSAC(SAC):
     """SAC with the pink noise of DQS in rollouts."""
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.pink_latents = PinkLatents(get_action_dim(self.action_space))
+
     def _sample_action(self, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
         if self.num_timesteps < learning_starts:
             return super()._sample_action(learning_starts, action_noise, n_envs)
-        if not hasattr(self, "pink_latents"):
-            self.pink_latents = PinkLatents(int(np.prod(self.action_space.shape)))
         obs, _ = self.policy.obs_to_tensor(self._last_obs)
         with th.no_grad():
             mean, log_std, _ = self.actor.get_action_dist_params(obs)
@@ -78,18 +81,18 @@ class PinkSAC(SAC):
 
 
 EQUAL_ENTROPY = "SAC, equal entropy"
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DQS": ("DQS", {"policy_kwargs": {"critic_class": "mlp"}}),
-    "DQS, default critic": ("DQS", {}),
-    "DQS, pink noise": ("DQS", {"exploration_noise": "pink"}),
-    "DQS, held for 32 steps": ("DQS", {"use_sde": True, "train_freq": 32, "gradient_steps": 32}),
-    "SAC": ("SAC", {"learning_rate": 1e-3}),
-    "SAC, pink noise": ("PinkSAC", {"learning_rate": 1e-3}),
-    "SAC, gSDE held for 32 steps": ("SAC", {"learning_rate": 1e-3, "use_sde": True, "train_freq": 32, "gradient_steps": 32}),
-    EQUAL_ENTROPY: ("SAC", {"learning_rate": 1e-3, "ent_coef": "auto"}),
-    "SAC, default learning rate": ("SAC", {}),
-    "TQC": ("TQC", {"learning_rate": 1e-3}),
-    "CrossQ": ("CrossQ", {}),
+VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
+    "DQS": (DQS, {"policy_kwargs": {"critic_class": "mlp"}}),
+    "DQS, default critic": (DQS, {}),
+    "DQS, pink noise": (DQS, {"exploration_noise": "pink"}),
+    "DQS, held for 32 steps": (DQS, {"use_sde": True, "train_freq": 32, "gradient_steps": 32}),
+    "SAC": (SAC, {"learning_rate": 1e-3}),
+    "SAC, pink noise": (PinkSAC, {"learning_rate": 1e-3}),
+    "SAC, gSDE held for 32 steps": (SAC, {"learning_rate": 1e-3, "use_sde": True, "train_freq": 32, "gradient_steps": 32}),
+    EQUAL_ENTROPY: (SAC, {"learning_rate": 1e-3, "ent_coef": "auto"}),
+    "SAC, default learning rate": (SAC, {}),
+    "TQC": (TQC, {"learning_rate": 1e-3}),
+    "CrossQ": (CrossQ, {}),
 }
 
 
@@ -139,11 +142,10 @@ def measured_entropy(model: Any) -> float:
 def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dict[str, Any]:
     """Row of one training."""
     use_one_thread()
-    name, kwargs = VARIANTS[variant]
+    cls, kwargs = VARIANTS[variant]
     kwargs = {**TASK_KWARGS[task], **kwargs}
     if target_entropy is not None:
         kwargs["target_entropy"] = target_entropy
-    cls = PinkSAC if name == "PinkSAC" else find_algorithm(name)
     model = cls("MlpPolicy", ENV_IDS[task], seed=seed, device="cpu", **kwargs)
     scores = []
     for step in range(500, STEPS[task] + 1, 500):

@@ -6,7 +6,7 @@ Returns of DQS and its peers while they learn.
 One process per core. Each run appends a row per evaluation to a CSV file of its own below ``benchmarks/results/returns`` and
 saves the model and its buffer beside ``--checkpoints``, from where a stopped run goes on. A run whose file has all rows is
 not run again. Prints the returns at the last common step and at equal CPU time as interquartile means over seeds with
-bootstrap intervals, and saves the learning curves.
+bootstrap intervals, and the mean of the last ten evaluations of every run, and saves the learning curves.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def report(results: dict[str, dict[str, list[np.ndarray]]], path: Path) -> None:
         ends = [(curve[-1, 0], curve[-1, 1]) for curves in variants.values() for curve in curves]
         last_step, cpu_seconds = (min(values) for values in zip(*ends, strict=True)) if ends else (0.0, 0.0)
         for color, (variant, curves) in enumerate(variants.items()):
-            rows.append([env_id, variant, summary(curves, 0, last_step), summary(curves, 1, cpu_seconds)])
+            row = [env_id, variant, summary(curves, 0, last_step), summary(curves, 1, cpu_seconds)]
+            rows.append([*row, "; ".join(f"{curve[-10:, 2].mean():.0f} (to {curve[-1, 0]:.0f})" for curve in curves)])
             if curves:
                 n = min(map(len, curves))
                 returns = np.array([curve[:n, 2] for curve in curves])
@@ -140,8 +141,15 @@ def report(results: dict[str, dict[str, list[np.ndarray]]], path: Path) -> None:
                 ax.fill_between(steps, *intervals.T, color=f"C{color}", alpha=0.2, linewidth=0)
         ax.set(title=env_id, xlabel="environment steps", ylabel="return (IQM over seeds)")
         ax.legend(fontsize="small")
-        rows.append([env_id, "(compared at)", f"{last_step:.0f} steps", f"{cpu_seconds:.0f} CPU s"])
-    print_table(["env", "algorithm", "return, IQM (95 %; seeds) at equal steps", "at equal CPU time"], rows)
+        rows.append([env_id, "(compared at)", f"{last_step:.0f} steps", f"{cpu_seconds:.0f} CPU s", ""])
+    header = [
+        "env",
+        "algorithm",
+        "return, IQM (95 %; seeds) at equal steps",
+        "at equal CPU time",
+        "last ten evaluations, per seed",
+    ]
+    print_table(header, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print("curves:", path)

@@ -44,7 +44,7 @@ from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode, locked
 from sb3_dqs.saving import atomic, check_model_file
-from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
+from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature, read_target_entropy
 from sb3_dqs.warn_once import warn_once
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
@@ -286,10 +286,7 @@ class DQS(OffPolicyAlgorithm):
         # Running mean and running var
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        if self.target_entropy == "auto":
-            self.target_entropy = -float(self.actor.action_dim)
-        else:
-            self.target_entropy = float(self.target_entropy)
+        self.target_entropy = read_target_entropy(self.target_entropy, self.actor.action_dim)
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         check_temperature(self.temperature, self._current_progress_remaining)
         if isinstance(self.temperature, AutoTemperature):
@@ -715,7 +712,9 @@ class DQS(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names = ["policy", "actor.optimizer", "critic.optimizer", "temperature", "target_estimator"]
-        return names + ["pink_latents"] * (self.exploration_noise == "pink"), []
+        if self.exploration_noise == "pink":
+            names.append("pink_latents")
+        return names, []
 
     # What pipelines of SAC read and write
 
@@ -731,8 +730,7 @@ class DQS(OffPolicyAlgorithm):
     def target_entropy(self, value: Any) -> None:
         temperature = vars(self).get("temperature")
         if temperature is not None:  # the model is built
-            value = check_arguments({"target_entropy": value})["target_entropy"]
-            value = -float(self.actor.action_dim) if value == "auto" else float(value)
+            value = read_target_entropy(check_arguments({"target_entropy": value})["target_entropy"], self.actor.action_dim)
         if isinstance(temperature, AutoTemperature):
             check_target_entropy(value, temperature.action_dim)
             temperature.target_entropy = value

@@ -15,7 +15,7 @@ from torch import nn
 class PinkLatents(nn.Module):
     """
     Standard normal latents, correlated over time as pink noise, which has equal power per octave of frequency. As action noise
-    of SAC and MPO it explores better than white noise on most tasks (Eberhard et al. 2023,
+    of SAC and MPO it explores better than white noise on a wide range of tasks (Eberhard et al. 2023,
     https://openreview.net/forum?id=hQ9V5QN27eS).
 
     A latent is the sum of first-order autoregressive processes of equal variance, whose spectra together are near 1/f between
@@ -39,8 +39,9 @@ class PinkLatents(nn.Module):
 
     def set_extra_state(self, state: th.Tensor) -> None:
         if state.shape[1:] != self.states.shape[1:] or not state.isfinite().all():
+            shape = ", ".join(map(str, self.states.shape[1:]))
             raise RuntimeError(
-                f"\n\tstate of the pink latents: need finite (n_envs, {tuple(self.states.shape[1:])}), got {state}"
+                f"state of the pink latents must be finite, of shape (n_envs, {shape}), got {tuple(state.shape)}"
             )
         self.states = state
 

@@ -163,16 +163,27 @@ class AutoTemperature(Temperature):
             return
         log_min = (q_spread * self.min_ratio).log()
         self.log_max.copy_((q_spread * self.max_ratio).log())
+        is_lowest = self.log_ent_coef < log_min
         is_highest = self.log_ent_coef >= self.log_max and self.mean_error.value < 0
-        if (self.log_ent_coef < log_min or is_highest) and not self.has_warned:
+        if (is_lowest or is_highest) and not self.has_warned:
             self.has_warned = True
-            is_point = self.log_ent_coef < log_min
             warn_once(
                 f"ent_coef={self.log_ent_coef.exp().item():.2g} is at its bound: Q varies by {q_spread.item():.2g} over the "
                 f"actions, and the policy does not reach target_entropy={self.target_entropy:g} with it: it is nearly "
-                f"{'a point; raise' if is_point else 'uniform; lower'} target_entropy, or fix ent_coef."
+                f"{'a point; raise' if is_lowest else 'uniform; lower'} target_entropy, or fix ent_coef."
             )
         self.log_ent_coef.clamp_(min=log_min)
+
+
+def read_target_entropy(target_entropy: str | float, action_dim: int) -> float:
+    """
+    Read ``target_entropy``: ``"auto"`` is -d, as in SAC.
+
+    :param target_entropy: as the user gave it
+    :param action_dim: d
+    :return: in nats
+    """
+    return -float(action_dim) if target_entropy == "auto" else float(target_entropy)
 
 
 def make_temperature(
