@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 ANGLES = np.deg2rad([45.0, 135.0, 225.0, 315.0])
 # Half the width of an opening
-HALF_WIDTH = np.deg2rad(20.0)
+HALF_WIDTH = np.deg2rad(10.0)
 # The ring is the wall between these radii
 INNER_RADIUS, OUTER_RADIUS = 0.7, 1.0
 GOAL_RADIUS = 2.5
@@ -25,8 +25,8 @@ class ForkEnv(gym.Env[np.ndarray, np.ndarray]):
 
     - Observation: position, shape (2,), in [-4, 4]
     - Action: displacement, shape (2,), shortened to length 1
-    - Reward: -2 per step, -3 more where the point runs into the wall, before which it stops, and 10 more at distance 2.5
-      from the middle, which ends the episode; ``info["route"]`` is then the number of the nearest opening, from 0 to 3
+    - Reward: -2 per step; -3 more where the point runs into the wall, and 10 more at distance 2.5 from the middle. Both end
+      the episode; ``info["route"]`` is then, at the goal, the number of the nearest opening, from 0 to 3
     - Start: near the middle, normally distributed with standard deviation 0.05
 
     :param closed: numbers of the openings that are closed; the observation does not tell
@@ -54,7 +54,7 @@ class ForkEnv(gym.Env[np.ndarray, np.ndarray]):
         reached = bool(np.linalg.norm(self.position) >= GOAL_RADIUS)
         reward = GOAL_REWARD * reached - STEP_COST - WALL_COST * hits_wall
         info = {"route": self._nearest_opening(self.position)[0]} if reached else {}
-        return self.position.astype(np.float32), reward, reached, False, info
+        return self.position.astype(np.float32), reward, reached or hits_wall, False, info
 
     @staticmethod
     def _nearest_opening(position: np.ndarray) -> tuple[int, float]:

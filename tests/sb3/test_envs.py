@@ -9,7 +9,7 @@ from sb3_dqs.envs.fork import ANGLES
 from sb3_dqs.envs.keeper import CORNERS
 
 
-@pytest.mark.parametrize("name", ["DelayedBest", "Fork", "Keeper"])
+@pytest.mark.parametrize("name", ["Corridor", "DelayedBest", "Fork", "Keeper"])
 def test_is_an_environment_that_sb3_accepts(name):
     check_env(gym.make(f"sb3_dqs/{name}-v0").unwrapped)
 
@@ -48,12 +48,43 @@ class TestFork:
         assert [terminated for _, _, terminated, _, _ in steps] == [False, False, True]
         assert sum(reward for _, reward, *_ in steps) == pytest.approx(10 - 3 * 2) and steps[-1][4]["route"] == opening
 
-    @pytest.mark.parametrize(("closed", "angle"), [((), 0.0), ((0,), ANGLES[0])])
-    def test_walls_and_closed_openings_stop_the_point(self, closed, angle):
+    @pytest.mark.parametrize(("closed", "angle"), [((), 0.0), ((0,), ANGLES[0]), ((), ANGLES[0] + np.deg2rad(11))])
+    def test_walls_and_closed_openings_end_the_episode(self, closed, angle):
         env = gym.make("sb3_dqs/Fork-v0", closed=closed)
         env.reset(seed=0)
-        steps = [env.step(np.array([np.cos(angle), np.sin(angle)])) for _ in range(10)]
-        assert steps[0][1] == -5 and np.linalg.norm(steps[-1][0]) < 0.7 and steps[-1][3]
+        env.unwrapped.position = np.zeros(2)
+        position, reward, terminated, _, info = env.step(np.array([np.cos(angle), np.sin(angle)]))
+        assert reward == -5 and terminated and np.linalg.norm(position) < 0.7 and not info
+
+
+class TestCorridor:
+    @staticmethod
+    def outward(env, angle):
+        """Steps from the middle in one direction, to the end of the episode."""
+        env.reset(seed=0)
+        env.unwrapped.position = np.zeros(2)
+        steps = [env.step(np.array([np.cos(angle), np.sin(angle)]))]
+        while not (steps[-1][2] or steps[-1][3]):
+            steps.append(env.step(np.array([np.cos(angle), np.sin(angle)])))
+        return steps
+
+    @pytest.mark.parametrize("angle", [0.0, 1.0, 4.0])
+    def test_speed_is_rewarded_in_every_direction(self, angle):
+        steps = self.outward(gym.make("sb3_dqs/Corridor-v0"), angle)
+        assert [reward for _, reward, *_ in steps] == pytest.approx([1 - 0.5**n for n in range(1, 21)])
+
+    @pytest.mark.parametrize("door", range(8))
+    def test_only_the_open_door_leads_to_the_goal(self, door):
+        env = gym.make("sb3_dqs/Corridor-v0", door=door)
+        steps = self.outward(env, 2 * np.pi * door / 8)
+        assert steps[-1][1] == 10 and steps[-1][2] and steps[-1][4]["is_success"]
+        steps = self.outward(env, 2 * np.pi * (door + 1) / 8)
+        assert len(steps) == 20 and not any(reward for _, reward, *_ in steps)
+        assert 5 * np.linalg.norm(steps[-1][0][:2]) <= 2
+
+    def test_refuses_another_door(self):
+        with pytest.raises(ValueError, match="`door` must be an integer from 0 to 7, or None for the open field, got 8"):
+            gym.make("sb3_dqs/Corridor-v0", door=8)
 
 
 class TestDelayedBest:
