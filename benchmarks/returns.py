@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TQC": ("TQC", WIDE),
     "CrossQ": ("CrossQ", WIDE),
     "DQS": ("DQS", WIDE),
-    "DQS-averaged": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "actor_averaging_rate": 0.001}}),
+    "DQS-actor": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "actor_averaging_rate": 1}}),
     "DQS-3e-4": ("DQS", {**WIDE, "learning_rate": 3e-4}),
     "DQS-mlp": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "critic_class": "mlp"}}),
 }

@@ -313,6 +313,7 @@ class DQS(OffPolicyAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        self.policy.restart_average()
         # Update learning rate according to lr schedule (the temperature takes it as an argument of update())
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         learning_rate = self.lr_schedule(self._current_progress_remaining)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
-from sb3_dqs.averaging import update_average
+from sb3_dqs.averaging import averaging_rate, copy_without_gradients, parameter_norm, update_average
 from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.finite import LOAD_EARLIER, is_finite
@@ -108,8 +109,9 @@ class DQSPolicy(BasePolicy):
     :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the critic's energy) among this
         many, instead of the one that the actor alone finds
     :param actor_averaging_rate: Deterministic actions come from a running average of the actor with this rate per update of
-        the actor, as images of diffusion models do (Karras et al. 2022); 1 for the actor itself. Training and stochastic
-        actions use the actor. Change ``policy.averaged_actor``, too, if you change the parameters of the actor by hand
+        the actor, or a larger one at the beginning, see :func:`sb3_dqs.averaging.averaging_rate`; 1 for the actor itself.
+        Training and stochastic actions use the actor. An actor that was changed by other means than ``train()`` acts itself,
+        and the average begins anew from it
     """
 
     actor: Actor
@@ -117,6 +119,8 @@ class DQSPolicy(BasePolicy):
     critic: Critic
     critic_target: Critic
     latent_bank: th.Tensor  # with best_of_n_by_q only
+    averaged_norm: th.Tensor  # norm of the actor's parameters when the average last followed it; 0 before
+    n_averaged: th.Tensor  # number of updates of the actor in the average
 
     def __init__(
         self,
@@ -143,7 +147,7 @@ class DQSPolicy(BasePolicy):
         solver: Solver = dpm_solver_2m,
         n_frequencies: int = 2,
         best_of_n_by_q: int | None = None,
-        actor_averaging_rate: float = 1.0,
+        actor_averaging_rate: float = 0.001,
     ):
         # Copies, because SB3 adds to the dictionary of the features extractor
         super().__init__(
@@ -207,10 +211,10 @@ class DQSPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
-        self.averaged_actor = None
-        if self.actor_averaging_rate < 1:
-            self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
-            self.averaged_actor.set_training_mode(False)
+        self.averaged_actor = copy_without_gradients(self.actor) if self.actor_averaging_rate < 1 else None
+        self.register_buffer("averaged_norm", th.zeros((), device=self.device))
+        self.register_buffer("n_averaged", th.zeros((), device=self.device))
+        self._acts_by_average = False
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         if self.share_features_extractor:
@@ -324,7 +328,32 @@ class DQSPolicy(BasePolicy):
     def average_actor(self) -> None:
         """Move the running average of the actor, if there is one; called after every update of the actor."""
         if self.averaged_actor is not None:
-            update_average(self.averaged_actor, self.actor, self.actor_averaging_rate)
+            self.n_averaged += 1
+            rate = averaging_rate(float(self.n_averaged), self.actor_averaging_rate)
+            update_average(self.averaged_actor, self.actor, rate)
+            self.averaged_norm.copy_(parameter_norm(self.actor))
+            self._acts_by_average = True
+
+    def restart_average(self) -> None:
+        """Begin the running average anew if the actor was changed since ``average_actor()``; called before updates."""
+        if self.averaged_actor is None or self._is_average_current():
+            return
+        self.n_averaged.zero_()
+        if [param.shape for param in self.averaged_actor.parameters()] == [param.shape for param in self.actor.parameters()]:
+            update_average(self.averaged_actor, self.actor, 1.0)
+        else:
+            self.averaged_actor = copy_without_gradients(self.actor)
+
+    def _is_average_current(self) -> bool:
+        if self.averaged_actor is None:
+            return False
+        # Looser than the rounding of the norm on another device, tighter than what a few gradient steps change
+        return math.isclose(float(self.averaged_norm), float(parameter_norm(self.actor)), rel_tol=1e-6)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._acts_by_average = self._is_average_current()
+        return result
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
@@ -362,6 +391,8 @@ class DQSPolicy(BasePolicy):
                 raise ValueError(
                     f"observation={part} is not finite; check the environment, or what prepares its observations."
                 )
+        if deterministic:
+            self._acts_by_average = self._is_average_current()
         actions, state = super().predict(observation, state, episode_start, deterministic)
         if not np.isfinite(actions).all():
             raise ValueError(
@@ -391,7 +422,8 @@ class DQSPolicy(BasePolicy):
             super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        actor = self.averaged_actor if deterministic and self.averaged_actor is not None else self.actor
+        actor = self.averaged_actor if deterministic and self._acts_by_average else self.actor
+        assert actor is not None  # for type checker
         if deterministic and self.best_of_n_by_q is not None:
             embedding = actor.embed(observation)
             u = actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))

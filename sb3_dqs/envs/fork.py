@@ -54,7 +54,7 @@ class ForkEnv(gym.Env[np.ndarray, np.ndarray]):
         reached = bool(np.linalg.norm(self.position) >= GOAL_RADIUS)
         reward = GOAL_REWARD * reached - STEP_COST - WALL_COST * hits_wall
         info = {"route": self._nearest_opening(self.position)[0]} if reached else {}
-        return self.position.astype(np.float32), reward, reached or hits_wall, False, info
+        return self.position.astype(np.float32), float(reward), reached or hits_wall, False, info
 
     @staticmethod
     def _nearest_opening(position: np.ndarray) -> tuple[int, float]:
@@ -66,7 +66,7 @@ class ForkEnv(gym.Env[np.ndarray, np.ndarray]):
         if not INNER_RADIUS <= np.linalg.norm(position) <= OUTER_RADIUS:
             return False
         opening, difference = self._nearest_opening(position)
-        return difference > HALF_WIDTH or opening in self.closed
+        return bool(difference > HALF_WIDTH) or opening in self.closed
 
 
 gym.register("sb3_dqs/Fork-v0", entry_point="sb3_dqs.envs.fork:ForkEnv", max_episode_steps=10)

@@ -174,6 +174,13 @@ class TestCritics:
         assert n == {"actor": 12 // policy_delay, "critic": 12}
 
 
+def both_actions(model: DQS, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """The deterministic action, and that of the actor itself."""
+    action, _ = model.predict(obs.numpy(), deterministic=True)
+    with th.no_grad():
+        return th.as_tensor(action), th.as_tensor(model.policy.unscale_action(model.actor(obs, deterministic=True).numpy()))
+
+
 class TestActor:
     """What its update asks of a denoiser's target."""
 
@@ -293,8 +300,8 @@ class TestActor:
 
     def test_deterministic_actions_come_from_its_average_and_nothing_else_does(self, make_model, tmp_path):
         kwargs = {"learning_rate": 1e-2, "policy_delay": 1}
-        plain = make_model(**kwargs).learn(60)
-        model = make_model(policy_kwargs={"actor_averaging_rate": 0.1}, **kwargs)
+        plain = make_model(policy_kwargs={"actor_averaging_rate": 1}, **kwargs).learn(60)
+        model = make_model(policy_kwargs={"actor_averaging_rate": 0.3}, **kwargs)
         seen = [copy.deepcopy(model.actor.state_dict())]
         average_actor = model.policy.average_actor
         model.policy.average_actor = lambda: (average_actor(), seen.append(copy.deepcopy(model.actor.state_dict())))
@@ -304,8 +311,9 @@ class TestActor:
         obs = np.zeros((1, 3), np.float32)
         for name, value in model.policy.averaged_actor.state_dict().items():
             expected = seen[0][name]
-            for state in seen[1:]:
-                expected = 0.9 * expected + 0.1 * state[name]
+            for n, state in enumerate(seen[1:], start=1):
+                rate = max(10 / (n + 9), 0.3)
+                expected = (1 - rate) * expected + rate * state[name]
             assert th.allclose(value, expected, atol=1e-5)
         action, _ = model.predict(obs, deterministic=True)
         assert not np.allclose(action, plain.predict(obs, deterministic=True)[0])
@@ -317,6 +325,34 @@ class TestActor:
         assert np.array_equal(DQS.load(tmp_path / "model").predict(obs, deterministic=True)[0], action)
         optimized = {id(param) for group in model.actor.optimizer.param_groups for param in group["params"]}
         assert not optimized & {id(param) for param in model.policy.averaged_actor.parameters()}
+
+    @pytest.mark.parametrize("by_data", [False, True])
+    def test_changed_by_hand_acts_itself_and_its_average_begins_anew(self, make_model, tmp_path, by_data):
+        model = make_model().learn(60)
+        obs = th.zeros(1, 3)
+        assert model.policy.n_averaged > 10 and not th.equal(*both_actions(model, obs))
+        for param in model.actor.parameters():  # a step of behaviour cloning, say
+            with th.no_grad():
+                (param.data if by_data else param).add_(1e-2 * th.randn_like(param))
+        assert th.equal(*both_actions(model, obs))
+        model.save(tmp_path / "model")
+        assert th.equal(*both_actions(DQS.load(tmp_path / "model"), obs))
+        model.learn(12, reset_num_timesteps=False)
+        assert 1 < model.policy.n_averaged < 10
+        assert not same(model.policy.averaged_actor.state_dict(), model.actor.state_dict())
+
+    def test_before_training_the_actor_acts(self, make_model):
+        model = make_model()
+        for param in model.actor.parameters():
+            param.data.normal_(std=0.1)
+        assert th.equal(*both_actions(model, th.zeros(1, 3)))
+
+    def test_average_survives_other_layers(self, make_model):
+        model = make_model().learn(60)
+        model.actor.add_module("adapter", th.nn.Linear(2, 2))
+        assert th.equal(*both_actions(model, th.zeros(1, 3)))
+        model.learn(40, reset_num_timesteps=False)
+        assert model.policy.averaged_actor.adapter.weight.shape == (2, 2)
 
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
