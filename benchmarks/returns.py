@@ -32,18 +32,54 @@ from common import (
     read_rows,
     use_one_thread,
 )
+from stable_baselines3 import SAC
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_dqs.averaging import averaging_rate, copy_without_gradients, update_average
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+
+class AveragedSAC(SAC):
+    """SAC whose deterministic actions come from the same running average of the actor as those of DQS."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.averaged_actor = copy_without_gradients(self.actor)
+        self.n_averaged = 0
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        super().train(gradient_steps, batch_size)
+        self.n_averaged += gradient_steps
+        # A policy of DQS learns at every second gradient step
+        update_average(self.averaged_actor, self.actor, averaging_rate(self.n_averaged, 0.0005))
+
+    def predict(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> Any:
+        if not deterministic:
+            return super().predict(*args, deterministic=deterministic, **kwargs)
+        self.policy.actor = self.averaged_actor
+        try:
+            return super().predict(*args, deterministic=True, **kwargs)
+        finally:
+            self.policy.actor = self.actor
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "averaged_actor"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, tensors = super()._get_torch_save_params()
+        return [*names, "averaged_actor"], tensors
+
 
 # Name: class and arguments. All networks are 256x256, and gradient steps one per step, so that differences are the algorithm's
 WIDE = {"policy_kwargs": {"net_arch": [256, 256]}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAC": ("SAC", WIDE),
     "SAC-1e-3": ("SAC", {**WIDE, "learning_rate": 1e-3}),
+    "SAC-1e-3-averaged": ("AveragedSAC", {**WIDE, "learning_rate": 1e-3}),
     "TQC": ("TQC", WIDE),
     "CrossQ": ("CrossQ", WIDE),
     "DQS": ("DQS", WIDE),
@@ -59,6 +95,8 @@ def find_algorithm(name: str) -> type[OffPolicyAlgorithm]:
         from sb3_dqs import DQS  # the peers do not need it
 
         return DQS
+    if name == "AveragedSAC":
+        return AveragedSAC
     return getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
 
 
