@@ -36,14 +36,14 @@ def update_average(average: nn.Module, module: nn.Module, rate: float) -> None:
 
 def averaging_rate(n_updates: float, lowest: float) -> float:
     """
-    Rate of an average over about the last tenth of the updates, until that is more than 1 / ``lowest`` updates: the
+    Rate of an average over about the last twentieth of the updates, until that is more than 1 / ``lowest`` updates: the
     power-function average of Karras et al. 2024 (https://arxiv.org/abs/2312.02696, equation 4), with a limit.
 
     :param n_updates: number of updates, with the present one, at least 1
     :param lowest: rate from then on
     :return: weight of the module's present values
     """
-    return max(10 / (n_updates + 9), lowest)
+    return max(20 / (n_updates + 19), lowest)
 
 
 def copy_without_gradients(module: Module) -> Module:

@@ -301,7 +301,7 @@ class TestActor:
     def test_deterministic_actions_come_from_its_average_and_nothing_else_does(self, make_model, tmp_path):
         kwargs = {"learning_rate": 1e-2, "policy_delay": 1}
         plain = make_model(policy_kwargs={"actor_averaging_rate": 1}, **kwargs).learn(60)
-        model = make_model(policy_kwargs={"actor_averaging_rate": 0.3}, **kwargs)
+        model = make_model(policy_kwargs={"actor_averaging_rate": 0.4}, **kwargs)
         seen = [copy.deepcopy(model.actor.state_dict())]
         average_actor = model.policy.average_actor
         model.policy.average_actor = lambda: (average_actor(), seen.append(copy.deepcopy(model.actor.state_dict())))
@@ -312,7 +312,7 @@ class TestActor:
         for name, value in model.policy.averaged_actor.state_dict().items():
             expected = seen[0][name]
             for n, state in enumerate(seen[1:], start=1):
-                rate = max(10 / (n + 9), 0.3)
+                rate = max(20 / (n + 19), 0.4)
                 expected = (1 - rate) * expected + rate * state[name]
             assert th.allclose(value, expected, atol=1e-5)
         action, _ = model.predict(obs, deterministic=True)

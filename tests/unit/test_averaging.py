@@ -51,14 +51,14 @@ def test_infinities_that_stay_are_no_nan():
     assert th.equal(average.mask, module.mask)
 
 
-def test_averaging_rate_spans_the_last_tenth_then_a_fixed_number():
+def test_averaging_rate_spans_the_last_twentieth_then_a_fixed_number():
     assert averaging_rate(1, 0.001) == 1
     value, spans = 0.0, 5_000
     for n in range(1, spans + 1):
         value += averaging_rate(n, 0.0) * (n - value)
-    # Mean of n under weights proportional to n^9 is 10 / 11 of the last n
-    assert value == pytest.approx(spans * 10 / 11, rel=0.01)
-    assert averaging_rate(9_000, 0.001) > 0.001 == averaging_rate(20_000, 0.001)
+    # Mean of n under weights proportional to n^19 is 20 / 21 of the last n
+    assert value == pytest.approx(spans * 20 / 21, rel=0.005)
+    assert averaging_rate(19_000, 0.001) > 0.001 == averaging_rate(20_000, 0.001)
 
 
 def test_copy_shares_what_is_frozen_and_leaves_the_optimizer():
