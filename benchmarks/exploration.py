@@ -12,10 +12,10 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
 - ``MountainCar``: return of five deterministic episodes after 8,000 steps of ``MountainCarContinuous-v0``; standing still
   is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC.
 
-SAC and TQC have the learning rate of DQS, all have 256x256. "SAC, equal entropy" tunes its temperature to the entropy that DQS had, mean over
-seeds; the measured entropies of both are in the rows. Every run is a row of ``benchmarks/results/exploration.csv``; a run
-that is there is not run again. Prints interquartile means over seeds with bootstrap intervals, and saves a figure. One to
-three minutes on one core per run.
+SAC and TQC have the learning rate of DQS, and all have 256x256. "SAC, equal entropy" tunes its temperature to the entropy that
+DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a row of
+``benchmarks/results/exploration.csv``; a run that is there is not run again. Prints interquartile means over seeds with
+bootstrap intervals, and saves a figure. One to three minutes on one core per run.
 """
 
 import argparse
