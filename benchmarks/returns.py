@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from concurrent.futures import as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_dqs.averaging import averaging_rate, copy_without_gradients, update_average
+from sb3_dqs.averaging import RunningAverage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,30 +49,23 @@ class AveragedSAC(SAC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.averaged_actor = copy_without_gradients(self.actor)
-        self.n_averaged = 0
+        # The actor of DQS learns at every second gradient step
+        self.actor_average = RunningAverage(self.actor, 0.0005)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         super().train(gradient_steps, batch_size)
-        self.n_averaged += gradient_steps
-        # A policy of DQS learns at every second gradient step
-        update_average(self.averaged_actor, self.actor, averaging_rate(self.n_averaged, 0.0005))
+        self.actor_average.update(self.actor)
 
     def predict(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> Any:
-        if not deterministic:
+        with self.actor_average.in_place_of(self.actor) if deterministic else nullcontext():
             return super().predict(*args, deterministic=deterministic, **kwargs)
-        self.policy.actor = self.averaged_actor
-        try:
-            return super().predict(*args, deterministic=True, **kwargs)
-        finally:
-            self.policy.actor = self.actor
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "averaged_actor"]
+        return [*super()._excluded_save_params(), "actor_average"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, tensors = super()._get_torch_save_params()
-        return [*names, "averaged_actor"], tensors
+        return [*names, "actor_average"], tensors
 
 
 # Name: class and arguments. All networks are 256x256, and gradient steps one per step, so that differences are the algorithm's

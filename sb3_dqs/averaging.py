@@ -1,14 +1,12 @@
-"""Running averages of the parameters and buffers of a module."""
+"""Running averages of the parameters of modules."""
 
-import copy
-from typing import TypeVar
+import contextlib
+from collections.abc import Iterator
 
 import torch as th
 from torch import nn
 
 from sb3_dqs import fast
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @th.no_grad()
@@ -16,18 +14,12 @@ def update_average(average: nn.Module, module: nn.Module, rate: float) -> None:
     """
     Move a running average towards a module.
 
-    :param average: a copy of the module, whose parameters and floating buffers are averages. Other buffers are copied, and
-        those that are not saved are left alone
+    :param average: a copy of the module, whose parameters and floating buffers are averages; other buffers are copied
     :param module: the module
     :param rate: weight of the module's present values, from 0 to 1
     """
-    states = [part.state_dict(keep_vars=True).values() for part in (average, module)]
-    pairs = [(a, m) for a, m in zip(*states, strict=True) if isinstance(m, th.Tensor) and a is not m]
-    parameters = [(a, m) for a, m in pairs if isinstance(m, nn.Parameter)]
-    fast.update_target([m for _, m in parameters], [a for a, _ in parameters], rate)
-    for average_buffer, buffer in pairs:
-        if isinstance(buffer, nn.Parameter) or th.equal(average_buffer, buffer):  # equal infinities have no average
-            continue
+    fast.update_target(module.parameters(), average.parameters(), rate)
+    for average_buffer, buffer in zip(average.buffers(), module.buffers(), strict=True):
         if buffer.is_floating_point():
             average_buffer.lerp_(buffer, rate)
         else:
@@ -36,38 +28,107 @@ def update_average(average: nn.Module, module: nn.Module, rate: float) -> None:
 
 def averaging_rate(n_updates: float, lowest: float) -> float:
     """
-    Rate of an average over about the last twentieth of the updates, until that is more than 1 / ``lowest`` updates: the
-    power-function average of Karras et al. 2024 (https://arxiv.org/abs/2312.02696, equation 4), with a limit.
+    Rate of an average over about the last twentieth of the updates, but at most ``1 / lowest`` of them: the power-function
+    average of Karras et al. 2024 (https://arxiv.org/abs/2312.02696, equation 4), with a limit.
 
     :param n_updates: number of updates, with the present one, at least 1
-    :param lowest: rate from then on
-    :return: weight of the module's present values
+    :param lowest: lower limit of the rate
+    :return: weight of the present values
     """
     return max(20 / (n_updates + 19), lowest)
 
 
-def copy_without_gradients(module: Module) -> Module:
+class RunningAverage(nn.Module):
     """
-    Copy a module, in evaluation mode.
+    Running average of a module's parameters, which can stand in for them. It notices if something other than ``update()``'s
+    caller changed them, by a sample of their elements.
 
-    :param module: whose parameters that require no gradient are shared with the copy; an optimizer is not copied
-    :return: copy, none of whose parameters requires a gradient
+    :param module: the module; its buffers are not averaged
+    :param lowest_rate: see :func:`averaging_rate`
     """
-    shared = [param for param in module.parameters() if not param.requires_grad]
-    memo: dict[int, object] = {id(param): param for param in shared}
-    if hasattr(module, "optimizer"):
-        memo[id(module.optimizer)] = None
-    result: Module = copy.deepcopy(module, memo).requires_grad_(False)
-    return result.eval()
+
+    n_updates: th.Tensor  # in the average, 0-d; a float, as all that is saved
+    sample: th.Tensor  # of the parameters at the last update, flat
+
+    def __init__(self, module: nn.Module, lowest_rate: float):
+        super().__init__()
+        self.lowest_rate = lowest_rate
+        self.register_buffer("n_updates", th.zeros(()))
+        self.restart(module)
+
+    def restart(self, module: nn.Module) -> None:
+        """
+        Begin anew.
+
+        :param module: whose present parameters become the average
+        """
+        self.n_updates.zero_()
+        for name in self._names():
+            delattr(self, name)
+        for i, param in enumerate(module.parameters()):
+            self.register_buffer(f"parameter_{i}", param.detach().clone())
+        self.register_buffer("sample", sample_elements(module))
+
+    def _names(self) -> list[str]:
+        return [name for name in self._buffers if name.startswith("parameter_")]
+
+    @property
+    def values(self) -> list[th.Tensor]:
+        """Averages, in the order of ``module.parameters()``."""
+        return [getattr(self, name) for name in self._names()]
+
+    @th.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """
+        Move towards the present parameters.
+
+        :param module: the module, after a gradient step
+        """
+        self.n_updates += 1
+        pairs = [(a, p) for a, p in zip(self.values, module.parameters(), strict=True) if p.requires_grad]
+        rate = averaging_rate(float(self.n_updates), self.lowest_rate)
+        fast.update_target([p for _, p in pairs], [a for a, _ in pairs], rate)
+        self.sample.copy_(sample_elements(module))
+
+    def is_current(self, module: nn.Module) -> bool:
+        """
+        Whether the average follows the module.
+
+        :param module: the module
+        :return: False if parameters were changed, added or taken away since the last update
+        """
+        return th.equal(sample_elements(module), self.sample)
+
+    @contextlib.contextmanager
+    def in_place_of(self, module: nn.Module) -> Iterator[None]:
+        """
+        Inside, the module has the average for its parameters.
+
+        :param module: the module
+        """
+        averages = {id(param): value for param, value in zip(module.parameters(), self.values, strict=True)}
+        places = [
+            (part._parameters, name, param)
+            for part in module.modules()
+            for name, param in part._parameters.items()
+            if param is not None
+        ]
+        try:
+            for parameters, name, param in places:
+                parameters[name] = averages[id(param)]  # type: ignore[assignment]  # without gradients
+            yield
+        finally:
+            for parameters, name, param in places:
+                parameters[name] = param
 
 
 @th.no_grad()
-def parameter_norm(module: nn.Module) -> th.Tensor:
+def sample_elements(module: nn.Module) -> th.Tensor:
     """
-    Euclidean norm of all floating parameters of a module.
+    Every 61st element of each parameter, from the first on: of rows and columns some, because 61 is prime.
 
     :param module: the module
-    :return: 0-d
+    :return: flat copy
     """
-    parameters: list[th.Tensor] = [param for param in module.parameters() if param.is_floating_point()]
-    return th.stack(th._foreach_norm(parameters)).norm() if parameters else th.zeros(())
+    parts = [param.flatten()[::61] for param in module.parameters()]
+    return th.cat([part.to(parts[0].device) for part in parts]) if parts else th.zeros(0)

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import functools
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
-from sb3_dqs.averaging import averaging_rate, copy_without_gradients, parameter_norm, update_average
+from sb3_dqs.averaging import RunningAverage
 from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.finite import LOAD_EARLIER, is_finite
@@ -108,19 +107,18 @@ class DQSPolicy(BasePolicy):
     :param n_frequencies: Number of frequencies by which the noise level enters the actor
     :param best_of_n_by_q: Let ``deterministic=True`` return the action of highest value (by the critic's energy) among this
         many, instead of the one that the actor alone finds
-    :param actor_averaging_rate: Deterministic actions come from a running average of the actor with this rate per update of
-        the actor, or a larger one at the beginning, see :func:`sb3_dqs.averaging.averaging_rate`; 1 for the actor itself.
-        Training and stochastic actions use the actor. An actor that was changed by other means than ``train()`` acts itself,
-        and the average begins anew from it
+    :param actor_averaging_rate: Without gradients, deterministic actions come from a running average of the actor's
+        parameters, with this rate per update of the actor, or a larger one at the beginning, see
+        :func:`sb3_dqs.averaging.averaging_rate`; 1 for the actor itself. Training and stochastic actions use the actor itself.
+        If something other than ``train()`` changed its parameters, deterministic actions do so, too, and the average begins
+        anew at the next ``train()``
     """
 
     actor: Actor
-    averaged_actor: Actor | None
+    actor_average: RunningAverage | None
     critic: Critic
     critic_target: Critic
     latent_bank: th.Tensor  # with best_of_n_by_q only
-    averaged_norm: th.Tensor  # norm of the actor's parameters when the average last followed it; 0 before
-    n_averaged: th.Tensor  # number of updates of the actor in the average
 
     def __init__(
         self,
@@ -211,10 +209,10 @@ class DQSPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
-        self.averaged_actor = copy_without_gradients(self.actor) if self.actor_averaging_rate < 1 else None
-        self.register_buffer("averaged_norm", th.zeros((), device=self.device))
-        self.register_buffer("n_averaged", th.zeros((), device=self.device))
-        self._acts_by_average = False
+        self.actor_average = None
+        if self.actor_averaging_rate < 1:
+            self.actor_average = RunningAverage(self.actor, self.actor_averaging_rate).to(self.device)
+        self._average_is_current = False
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         if self.share_features_extractor:
@@ -327,32 +325,43 @@ class DQSPolicy(BasePolicy):
 
     def average_actor(self) -> None:
         """Move the running average of the actor, if there is one; called after every update of the actor."""
-        if self.averaged_actor is not None:
-            self.n_averaged += 1
-            rate = averaging_rate(float(self.n_averaged), self.actor_averaging_rate)
-            update_average(self.averaged_actor, self.actor, rate)
-            self.averaged_norm.copy_(parameter_norm(self.actor))
-            self._acts_by_average = True
+        if self.actor_average is not None:
+            self.actor_average.update(self.actor)
+            self._average_is_current = True
 
     def restart_average(self) -> None:
-        """Begin the running average anew if the actor was changed since ``average_actor()``; called before updates."""
-        if self.averaged_actor is None or self._is_average_current():
-            return
-        self.n_averaged.zero_()
-        if [param.shape for param in self.averaged_actor.parameters()] == [param.shape for param in self.actor.parameters()]:
-            update_average(self.averaged_actor, self.actor, 1.0)
-        else:
-            self.averaged_actor = copy_without_gradients(self.actor)
+        """Begin the running average anew if something else changed the actor; called before updates."""
+        if self.actor_average is not None and not self.actor_average.is_current(self.actor):
+            self.actor_average.restart(self.actor)
+            self._average_is_current = False
 
-    def _is_average_current(self) -> bool:
-        if self.averaged_actor is None:
-            return False
-        # Looser than the rounding of the norm on another device, tighter than what a few gradient steps change
-        return math.isclose(float(self.averaged_norm), float(parameter_norm(self.actor)), rel_tol=1e-6)
+    def _deterministic_parameters(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the actor has the parameters for deterministic actions: the running average if it follows the actor."""
+        if self.actor_average is None:
+            return contextlib.nullcontext()
+        if not th.jit.is_tracing() and not th.compiler.is_compiling():  # there, values cannot be compared
+            if th.is_grad_enabled():  # gradients are to reach the actor
+                return contextlib.nullcontext()
+            try:
+                self._average_is_current = self.actor_average.is_current(self.actor)
+            except RuntimeError:  # torch.func.vmap over the parameters
+                return contextlib.nullcontext()
+        return self.actor_average.in_place_of(self.actor) if self._average_is_current else contextlib.nullcontext()
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        self._acts_by_average = self._is_average_current()
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As torch's. The running average of the actor may be missing or, without need, be there: a model can be loaded with
+        another ``actor_averaging_rate``.
+
+        :param state_dict: parameters and buffers
+        """
+        average = {} if self.actor_average is None else self.actor_average.state_dict(prefix="actor_average.")
+        given = {name: value for name, value in state_dict.items() if name.startswith("actor_average.")}
+        if bool(average) != bool(given):
+            others = {name: value for name, value in state_dict.items() if name not in given}
+            state_dict = {**others, **{name: th.zeros_like(value) for name, value in average.items()}}
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._average_is_current = self.actor_average is not None and self.actor_average.is_current(self.actor)
         return result
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
@@ -391,8 +400,6 @@ class DQSPolicy(BasePolicy):
                 raise ValueError(
                     f"observation={part} is not finite; check the environment, or what prepares its observations."
                 )
-        if deterministic:
-            self._acts_by_average = self._is_average_current()
         actions, state = super().predict(observation, state, episode_start, deterministic)
         if not np.isfinite(actions).all():
             raise ValueError(
@@ -422,16 +429,17 @@ class DQSPolicy(BasePolicy):
             super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        actor = self.averaged_actor if deterministic and self._acts_by_average else self.actor
-        assert actor is not None  # for type checker
-        if deterministic and self.best_of_n_by_q is not None:
-            embedding = actor.embed(observation)
-            u = actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
-            actions = th.tanh(u)
-            values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
-            action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
-            return action + 0 * values  # NaN where the values are not finite
-        return actor(observation, deterministic)
+        if not deterministic:
+            return self.actor(observation)
+        with self._deterministic_parameters():
+            if self.best_of_n_by_q is None:
+                return self.actor(observation, deterministic=True)
+            embedding = self.actor.embed(observation)
+            u = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
+        actions = th.tanh(u)
+        values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
+        action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
+        return action + 0 * values  # NaN where the values are not finite
 
     @locked
     @th.no_grad()

@@ -9,7 +9,7 @@ from gymnasium import spaces
 N_DOORS = 8
 # Half the width of a door
 HALF_WIDTH = np.deg2rad(15.0)
-# The point cannot cross this circle but through the open door
+# The wall: a circle that the point crosses at the open door only
 HALL_RADIUS = 2.0
 GOAL_RADIUS = 3.5
 GOAL_REWARD = 10.0
@@ -26,7 +26,7 @@ class CorridorEnv(gym.Env[np.ndarray, np.ndarray]):
     - Action: force, shape (2,), shortened to length 1; the velocity becomes the mean of velocity and force
     - Reward without a door, for pretraining: the speed, which is at most 1, whatever its direction
     - Reward with a door: 10 at distance 3.5 from the middle, which ends the episode, ``info["is_success"]`` is then True; else
-      0. The wall of the hall, a circle of radius 2, stops the point except at the open door
+      0. The wall of the hall, a circle of radius 2, stops the point except at the open door, which is 30 degrees wide
     - Start: at rest near the middle, normally distributed with standard deviation 0.05
 
     :param door: number of the open door, from 0 to 7, counterclockwise from the first axis; None for the open field
@@ -50,14 +50,16 @@ class CorridorEnv(gym.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         force = np.asarray(action, np.float64).clip(-1, 1)
         self.velocity = 0.5 * self.velocity + 0.5 * force / max(1.0, float(np.linalg.norm(force)))
-        position = (self.position + self.velocity).clip(-POSITION_LIMIT, POSITION_LIMIT)
         if self.door is None:
-            self.position = position
+            self.position = (self.position + self.velocity).clip(-POSITION_LIMIT, POSITION_LIMIT)
             return self._observation(), float(np.linalg.norm(self.velocity)), False, False, {}
-        is_crossing = np.linalg.norm(self.position) <= HALL_RADIUS < np.linalg.norm(position)
-        if is_crossing and self._angle_to_door(position) > HALF_WIDTH:
-            self.velocity = np.zeros(2)
-        else:
+        part = self.velocity / 10
+        for _ in range(10):
+            position = self.position + part
+            is_crossing = (np.linalg.norm(self.position) <= HALL_RADIUS) != (np.linalg.norm(position) <= HALL_RADIUS)
+            if is_crossing and self._angle_to_door(position) > HALF_WIDTH:
+                self.velocity = np.zeros(2)
+                break
             self.position = position
         reached = bool(np.linalg.norm(self.position) >= GOAL_RADIUS)
         return self._observation(), GOAL_REWARD * reached, reached, False, {"is_success": reached}

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -14,8 +15,10 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.utils import prune
 from toys import OneStepEnv, RandomEnv, Recorder, RecordingCritic, TwoRecorders, same
 
 from sb3_dqs import DQS, MlpPolicy
@@ -302,18 +305,20 @@ class TestActor:
         kwargs = {"learning_rate": 1e-2, "policy_delay": 1}
         plain = make_model(policy_kwargs={"actor_averaging_rate": 1}, **kwargs).learn(60)
         model = make_model(policy_kwargs={"actor_averaging_rate": 0.4}, **kwargs)
-        seen = [copy.deepcopy(model.actor.state_dict())]
+        seen = [[param.detach().clone() for param in model.actor.parameters()]]
         average_actor = model.policy.average_actor
-        model.policy.average_actor = lambda: (average_actor(), seen.append(copy.deepcopy(model.actor.state_dict())))
+        model.policy.average_actor = lambda: (
+            average_actor(), seen.append([param.detach().clone() for param in model.actor.parameters()])
+        )  # fmt: skip
         model.learn(60)
         del model.policy.average_actor
         assert len(seen) == 41 and same(model.actor.state_dict(), plain.actor.state_dict())
         obs = np.zeros((1, 3), np.float32)
-        for name, value in model.policy.averaged_actor.state_dict().items():
-            expected = seen[0][name]
-            for n, state in enumerate(seen[1:], start=1):
+        for i, value in enumerate(model.policy.actor_average.values):
+            expected = seen[0][i]
+            for n, params in enumerate(seen[1:], start=1):
                 rate = max(20 / (n + 19), 0.4)
-                expected = (1 - rate) * expected + rate * state[name]
+                expected = (1 - rate) * expected + rate * params[i]
             assert th.allclose(value, expected, atol=1e-5)
         action, _ = model.predict(obs, deterministic=True)
         assert not np.allclose(action, plain.predict(obs, deterministic=True)[0])
@@ -323,36 +328,77 @@ class TestActor:
         assert np.array_equal(stochastic, plain.predict(obs)[0])
         model.save(tmp_path / "model")
         assert np.array_equal(DQS.load(tmp_path / "model").predict(obs, deterministic=True)[0], action)
-        optimized = {id(param) for group in model.actor.optimizer.param_groups for param in group["params"]}
-        assert not optimized & {id(param) for param in model.policy.averaged_actor.parameters()}
 
     @pytest.mark.parametrize("by_data", [False, True])
     def test_changed_by_hand_acts_itself_and_its_average_begins_anew(self, make_model, tmp_path, by_data):
         model = make_model().learn(60)
         obs = th.zeros(1, 3)
-        assert model.policy.n_averaged > 10 and not th.equal(*both_actions(model, obs))
-        for param in model.actor.parameters():  # a step of behaviour cloning, say
-            with th.no_grad():
-                (param.data if by_data else param).add_(1e-2 * th.randn_like(param))
+        assert model.policy.actor_average.n_updates > 10 and not th.equal(*both_actions(model, obs))
+        with th.no_grad():
+            param = next(iter(model.actor.parameters()))
+            (param.data if by_data else param).mul_(1 + 1e-6)
         assert th.equal(*both_actions(model, obs))
         model.save(tmp_path / "model")
         assert th.equal(*both_actions(DQS.load(tmp_path / "model"), obs))
         model.learn(12, reset_num_timesteps=False)
-        assert 1 < model.policy.n_averaged < 10
-        assert not same(model.policy.averaged_actor.state_dict(), model.actor.state_dict())
+        assert 1 < model.policy.actor_average.n_updates < 10
+        assert not th.equal(*both_actions(model, obs))
 
-    def test_before_training_the_actor_acts(self, make_model):
-        model = make_model()
-        for param in model.actor.parameters():
-            param.data.normal_(std=0.1)
-        assert th.equal(*both_actions(model, th.zeros(1, 3)))
+    def test_can_be_cloned_before_and_after_training(self, make_model):
+        """As SAC: by gradients through policy(obs, deterministic=True), and predict() follows at once."""
+        model = make_model(learning_rate=1e-2)
+        obs = th.rand(64, 3)
+        optimizer = th.optim.Adam(model.policy.actor.parameters(), 1e-2)
+        for _ in range(2):
+            for _ in range(100):
+                loss = (model.policy(obs, deterministic=True) - 0.5).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            assert np.abs(model.predict(obs.numpy(), deterministic=True)[0] / 2 - 0.5).mean() < 0.1
+            model.learn(60)
 
-    def test_average_survives_other_layers(self, make_model):
+    def test_perturbed_parameters_act(self, make_model):
         model = make_model().learn(60)
+        obs = th.zeros(1, 3)
+        changed = {name: param + 0.5 for name, param in model.policy.named_parameters() if name.startswith("actor.")}
+        with th.no_grad():
+            action = th.func.functional_call(model.policy, changed, (obs, True))
+            stacked = {name: th.stack([param, param]) for name, param in changed.items()}
+            both = th.func.vmap(lambda params: th.func.functional_call(model.policy, params, (obs, True)))(stacked)
+            for name, param in model.policy.named_parameters():
+                param.copy_(changed.get(name, param))
+        expected = model.policy.scale_action(model.predict(obs.numpy(), deterministic=True)[0])
+        assert np.allclose(action, expected, atol=1e-5) and np.allclose(both, expected, atol=1e-5)
+
+    def test_average_acts_through_the_modules_as_they_are(self, make_model):
+        class Extractor(FlattenExtractor):
+            def __init__(self, observation_space):
+                super().__init__(observation_space)
+                self.lock = threading.Lock()  # cannot be copied
+
+        model = make_model(policy_kwargs={"features_extractor_class": Extractor}).learn(60)
+        obs, calls = np.ones((1, 3), np.float32), []
+        handle = model.actor.embed_features.register_forward_hook(lambda *_: calls.append(1))
+        before, _ = model.predict(obs, deterministic=True)
+        assert calls and model.policy._average_is_current
+        handle.remove()
         model.actor.add_module("adapter", th.nn.Linear(2, 2))
-        assert th.equal(*both_actions(model, th.zeros(1, 3)))
+        prune.random_unstructured(model.actor.embed_features, "weight", 0.5)
+        assert not np.array_equal(model.predict(obs, deterministic=True)[0], before)
         model.learn(40, reset_num_timesteps=False)
-        assert model.policy.averaged_actor.adapter.weight.shape == (2, 2)
+        assert model.policy.actor_average.is_current(model.actor)
+
+    @pytest.mark.parametrize(("saved", "loaded"), [(1, 0.1), (0.1, 1)])
+    def test_another_averaging_rate_can_be_loaded(self, make_model, tmp_path, saved, loaded):
+        model = make_model(policy_kwargs={"actor_averaging_rate": saved}).learn(60)
+        model.save(tmp_path / "model")
+        kwargs = {**model.policy_kwargs, "actor_averaging_rate": loaded}
+        other = DQS.load(tmp_path / "model", env=model.get_env(), custom_objects={"policy_kwargs": kwargs})
+        obs = th.zeros(1, 3)
+        assert th.equal(both_actions(model, obs)[1], both_actions(other, obs)[0])
+        other.learn(60)
+        assert th.equal(*both_actions(other, obs)) == (loaded == 1)
 
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)

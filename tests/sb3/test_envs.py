@@ -82,6 +82,19 @@ class TestCorridor:
         assert len(steps) == 20 and not any(reward for _, reward, *_ in steps)
         assert 5 * np.linalg.norm(steps[-1][0][:2]) <= 2
 
+    @pytest.mark.parametrize(
+        ("position", "velocity"),
+        [([-2.4, 0.0], [1.0, 0.0]), ([1.6, -1.15], [0.55, 0.83])],  # from outside, and aslant, to behind the door
+    )
+    def test_wall_stops_the_point_wherever_it_comes_from(self, position, velocity):
+        env = gym.make("sb3_dqs/Corridor-v0", door=0)
+        env.reset(seed=0)
+        env.unwrapped.position, env.unwrapped.velocity = np.array(position), np.array(velocity)
+        is_inside = np.linalg.norm(position) <= 2
+        for _ in range(3):
+            obs, *_ = env.step(np.array(velocity))
+        assert (5 * np.linalg.norm(obs[:2]) <= 2) == is_inside
+
     def test_refuses_another_door(self):
         with pytest.raises(ValueError, match="`door` must be an integer from 0 to 7, or None for the open field, got 8"):
             gym.make("sb3_dqs/Corridor-v0", door=8)

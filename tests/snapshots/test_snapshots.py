@@ -52,7 +52,7 @@ def record(name: str) -> dict[str, Any]:
     Train 200 steps.
 
     :param name: of the case
-    :return: losses of the first gradient steps and of the last, norms of the networks, and a digest of what is trained
+    :return: losses of the first gradient steps and of the last, norms of the networks, and a digest of all parameters
     """
     th.set_num_threads(1)
     kwargs = {"policy": "MlpPolicy", "env": ENVS.get(name, lambda: "Pendulum-v1")(), **SMALL, **CASES[name]}
@@ -64,8 +64,7 @@ def record(name: str) -> dict[str, Any]:
         model.learn(n_steps, reset_num_timesteps=False)
         names = ("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/entropy")
         losses.append([model.logger.name_to_value.get(loss) for loss in names])
-    parts = (parameter for name, parameter in model.policy.named_parameters() if not name.startswith("averaged_actor."))
-    parameters = th.cat([parameter.detach().flatten() for parameter in parts])
+    parameters = th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])
     return {
         "early losses": losses[0],
         "late losses": losses[1],

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_dqs.averaging import averaging_rate, copy_without_gradients, parameter_norm, update_average
+from sb3_dqs.averaging import RunningAverage, averaging_rate, update_average
 
 
 def test_is_the_geometric_average_of_what_the_module_was():
@@ -34,23 +34,6 @@ def test_limits(rate):
     assert th.equal(average.weight, module.weight if rate else before.weight)
 
 
-def test_buffers_that_are_not_saved_are_left_alone():
-    module = nn.Linear(2, 3)
-    module.register_buffer("noise", th.zeros(1), persistent=False)
-    average = copy.deepcopy(module)
-    module.noise = th.ones(4)
-    update_average(average, module, 0.5)
-    assert th.equal(average.noise, th.zeros(1))
-
-
-def test_infinities_that_stay_are_no_nan():
-    module = nn.Linear(2, 3)
-    module.register_buffer("mask", th.tensor([0.0, -th.inf]))
-    average = copy.deepcopy(module)
-    update_average(average, module, 0.5)
-    assert th.equal(average.mask, module.mask)
-
-
 def test_averaging_rate_spans_the_last_twentieth_then_a_fixed_number():
     assert averaging_rate(1, 0.001) == 1
     value, spans = 0.0, 5_000
@@ -61,21 +44,79 @@ def test_averaging_rate_spans_the_last_twentieth_then_a_fixed_number():
     assert averaging_rate(19_000, 0.001) > 0.001 == averaging_rate(20_000, 0.001)
 
 
-def test_copy_shares_what_is_frozen_and_leaves_the_optimizer():
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[0].requires_grad_(False)
-    module.optimizer = th.optim.SGD(module[1].parameters(), 0.1)
-    result = copy_without_gradients(module)
-    assert result[0].weight is module[0].weight and result[1].weight is not module[1].weight
-    assert result.optimizer is None and not result.training
-    assert not any(param.requires_grad for param in result.parameters()) and module[1].weight.requires_grad
-    update_average(result, module, 0.5)
-    assert th.equal(result[0].weight, module[0].weight)
+def shifted(module: nn.Module, amount: float) -> nn.Module:
+    with th.no_grad():
+        for param in module.parameters():
+            param += amount
+    return module
 
 
-def test_parameter_norm():
-    module = nn.Linear(1, 2)
-    module.weight.data = th.tensor([[3.0], [4.0]])
-    module.bias.data = th.tensor([0.0, 12.0])
-    assert float(parameter_norm(module)) == 13
-    assert float(parameter_norm(nn.ReLU())) == 0
+class TestRunningAverage:
+    def test_is_the_average_of_what_the_module_was(self):
+        module = nn.Linear(2, 3)
+        average = RunningAverage(module, lowest_rate=0.5)
+        expected = module.weight.detach().clone()
+        for n in range(1, 8):
+            shifted(module, 1.0)
+            average.update(module)
+            rate = max(20 / (n + 19), 0.5)
+            expected = (1 - rate) * expected + rate * module.weight
+        assert th.allclose(average.values[0], expected) and average.n_updates == 7
+
+    def test_acts_in_the_place_of_tied_parameters_and_gives_them_back(self):
+        layer = nn.Linear(2, 2)
+        module = nn.ModuleDict({"first": layer, "second": nn.Sequential(layer)})
+        average = RunningAverage(module, 0.5)
+        weight, before = layer.weight, layer.weight.clone()
+        average.update(shifted(module, 1.0))
+        average.update(shifted(module, 1.0))
+        with average.in_place_of(module):
+            assert th.equal(module["first"].weight, module["second"][0].weight)
+            inside = module["first"].weight.clone()
+        assert th.allclose(inside, before + 2 - 1 / 21)  # rates 1 and 20 / 21
+        assert layer.weight is weight and th.allclose(weight, before + 2)
+
+    def test_gives_the_parameters_back_after_an_error(self):
+        module = nn.Linear(2, 2)
+        weight = module.weight
+        with pytest.raises(KeyError), RunningAverage(module, 0.5).in_place_of(module):
+            raise KeyError
+        assert module.weight is weight
+
+    @pytest.mark.parametrize("change", ["one bit", "row", "column", "data", "load", "swap", "add", "complex"])
+    def test_notices_every_change(self, change):
+        module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        module.register_parameter("factor", nn.Parameter(th.ones(2, dtype=th.complex64)))
+        average = RunningAverage(module, 0.5)
+        average.update(module)
+        assert average.is_current(module)
+        first, second = module[0].weight, module[1].weight
+        if change == "one bit":
+            with th.no_grad():
+                first[0, 0] = th.nextafter(first[0, 0], th.tensor(10.0))
+        elif change == "row":
+            first.data[7] = 0
+        elif change == "column":
+            first.data[:, 7] = 0
+        elif change == "complex":
+            module.factor.data.mul_(1j)
+        elif change == "data":
+            first.data.mul_(1.01)
+        elif change == "load":
+            module[0].load_state_dict(nn.Linear(64, 64).state_dict())
+        elif change == "swap":
+            first.data, second.data = second.data, first.data
+        else:
+            module.append(nn.Linear(2, 2))
+        assert not average.is_current(module)
+        average.restart(module)
+        average.update(module)
+        assert average.is_current(module)
+
+    def test_frozen_parameters_stay(self):
+        module = nn.Linear(2, 2)
+        average = RunningAverage(module, 0.5)
+        module.bias.requires_grad_(False)
+        before = module.bias.clone()
+        average.update(shifted(module, 1.0))
+        assert th.equal(average.values[1], before) and th.allclose(average.values[0], module.weight)
