@@ -41,10 +41,11 @@ figures: install
 	$(BIN)/python benchmarks/tracking.py --report-only
 	$(BIN)/python benchmarks/speed.py --report-only
 	$(BIN)/python benchmarks/exploration.py --report-only
+	$(BIN)/python benchmarks/fork_episodes.py --report-only
 	$(BIN)/python benchmarks/returns.py --report-only --steps 100000 --env HalfCheetah-v5 Hopper-v5 Walker2d-v5 \
 		--algos DQS CrossQ SAC-1e-3 SAC TQC
 	cp benchmarks/results/returns/curves_HalfCheetah-v5_Hopper-v5_Walker2d-v5_100000.png docs/returns.png
-	cd benchmarks/results && cp bandit.png tracking.png speed.png exploration.png ../../docs/
+	cd benchmarks/results && cp bandit.png tracking.png speed.png exploration.png fork.gif ../../docs/
 
 type:
 	$(BIN)/mypy
