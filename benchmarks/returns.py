@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from concurrent.futures import as_completed
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,12 @@ class AveragedSAC(SAC):
         self.actor_average.update(self.actor)
 
     def predict(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> Any:
-        with self.actor_average.in_place_of(self.actor) if deterministic else nullcontext():
+        if deterministic:
+            self.policy.actor = self.actor_average.stand_in(self.actor)
+        try:
             return super().predict(*args, deterministic=deterministic, **kwargs)
+        finally:
+            self.policy.actor = self.actor
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor_average"]

@@ -1,8 +1,5 @@
 """Running averages of the parameters of modules."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch as th
 from torch import nn
 
@@ -40,8 +37,8 @@ def averaging_rate(n_updates: float, lowest: float) -> float:
 
 class RunningAverage(nn.Module):
     """
-    Running average of a module's parameters, which can stand in for them. It notices if something other than ``update()``'s
-    caller changed them, by a sample of their elements.
+    Running average of a module's parameters, and the module with them in place. It notices if something other than
+    ``update()``'s caller changed the parameters, by their shapes and a sample of their elements.
 
     :param module: the module; its buffers are not averaged
     :param lowest_rate: see :func:`averaging_rate`
@@ -65,7 +62,7 @@ class RunningAverage(nn.Module):
         self.n_updates.zero_()
         for name in self._names():
             delattr(self, name)
-        for i, param in enumerate(module.parameters()):
+        for i, param in enumerate(_initialized(module)):
             self.register_buffer(f"parameter_{i}", param.detach().clone())
         self.register_buffer("sample", sample_elements(module))
 
@@ -80,14 +77,18 @@ class RunningAverage(nn.Module):
     @th.no_grad()
     def update(self, module: nn.Module) -> None:
         """
-        Move towards the present parameters.
+        Move towards the present parameters. Those that require no gradient are copied.
 
         :param module: the module, after a gradient step
         """
         self.n_updates += 1
-        pairs = [(a, p) for a, p in zip(self.values, module.parameters(), strict=True) if p.requires_grad]
         rate = averaging_rate(float(self.n_updates), self.lowest_rate)
-        fast.update_target([p for _, p in pairs], [a for a, _ in pairs], rate)
+        pairs = list(zip(self.values, module.parameters(), strict=True))
+        trained = [(a, p) for a, p in pairs if p.requires_grad]
+        fast.update_target([p for _, p in trained], [a for a, _ in trained], rate)
+        for average, param in pairs:
+            if not param.requires_grad:
+                average.copy_(param)
         self.sample.copy_(sample_elements(module))
 
     def is_current(self, module: nn.Module) -> bool:
@@ -97,38 +98,47 @@ class RunningAverage(nn.Module):
         :param module: the module
         :return: False if parameters were changed, added or taken away since the last update
         """
-        return th.equal(sample_elements(module), self.sample)
+        shapes = [param.shape for param in _initialized(module)]
+        return shapes == [value.shape for value in self.values] and th.equal(sample_elements(module), self.sample)
 
-    @contextlib.contextmanager
-    def in_place_of(self, module: nn.Module) -> Iterator[None]:
+    def stand_in(self, module: nn.Module) -> nn.Module:
         """
-        Inside, the module has the average for its parameters.
+        The module with the average for its parameters.
 
-        :param module: the module
+        :param module: the module, which stays as it is
+        :return: copy that shares all but the parameters: buffers, hooks, attributes
         """
         averages = {id(param): value for param, value in zip(module.parameters(), self.values, strict=True)}
-        places = [
-            (part._parameters, name, param)
-            for part in module.modules()
-            for name, param in part._parameters.items()
-            if param is not None
-        ]
-        try:
-            for parameters, name, param in places:
-                parameters[name] = averages[id(param)]  # type: ignore[assignment]  # without gradients
-            yield
-        finally:
-            for parameters, name, param in places:
-                parameters[name] = param
+        return _with_parameters(module, averages)
+
+
+def _with_parameters(module: nn.Module, values: dict[int, th.Tensor]) -> nn.Module:
+    if isinstance(module, th.jit.ScriptModule):  # not made of Python objects
+        return module
+    result = object.__new__(type(module))
+    vars(result).update(vars(module))
+    vars(result)["_parameters"] = {name: values.get(id(param)) for name, param in module._parameters.items()}
+    vars(result)["_modules"] = {
+        name: None if child is None else _with_parameters(child, values) for name, child in module._modules.items()
+    }
+    if isinstance(module, nn.RNNBase):  # has its parameters a second time
+        vars(result)["_flat_weights"] = [values.get(id(param), param) for param in module._flat_weights]
+    return result
+
+
+def _initialized(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters; none as long as one of them has no shape so far."""
+    parameters = list(module.parameters())
+    return [] if any(isinstance(param, nn.parameter.UninitializedParameter) for param in parameters) else parameters
 
 
 @th.no_grad()
 def sample_elements(module: nn.Module) -> th.Tensor:
     """
-    Every 61st element of each parameter, from the first on: of rows and columns some, because 61 is prime.
+    Parameters of at most 4,096 elements, and of larger ones every 61st element: as 61 is prime, some of most rows and columns.
 
     :param module: the module
     :return: flat copy
     """
-    parts = [param.flatten()[::61] for param in module.parameters()]
+    parts = [param.flatten()[:: 1 if param.numel() <= 4096 else 61] for param in _initialized(module)]
     return th.cat([part.to(parts[0].device) for part in parts]) if parts else th.zeros(0)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCri
 # Arguments of the policy that go to the actor as they are
 ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
 
+SelfDQSPolicy = TypeVar("SelfDQSPolicy", bound="DQSPolicy")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -335,18 +337,31 @@ class DQSPolicy(BasePolicy):
             self.actor_average.restart(self.actor)
             self._average_is_current = False
 
-    def _deterministic_parameters(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the actor has the parameters for deterministic actions: the running average if it follows the actor."""
-        if self.actor_average is None:
-            return contextlib.nullcontext()
-        if not th.jit.is_tracing() and not th.compiler.is_compiling():  # there, values cannot be compared
-            if th.is_grad_enabled():  # gradients are to reach the actor
-                return contextlib.nullcontext()
+    def _deterministic_actor(self) -> Actor:
+        """The actor with its running average for parameters if that follows the actor, else the actor."""
+        is_exporting = th.jit.is_tracing() or getattr(th.compiler, "is_exporting", th.compiler.is_compiling)()
+        if self.actor_average is None or (th.is_grad_enabled() and not is_exporting):  # gradients are to reach the actor
+            return self.actor
+        if not is_exporting and not th.compiler.is_compiling():  # there, values cannot be compared
             try:
-                self._average_is_current = self.actor_average.is_current(self.actor)
+                self._notice_changes()
             except RuntimeError:  # torch.func.vmap over the parameters
-                return contextlib.nullcontext()
-        return self.actor_average.in_place_of(self.actor) if self._average_is_current else contextlib.nullcontext()
+                return self.actor
+        return self.actor_average.stand_in(self.actor) if self._average_is_current else self.actor  # type: ignore[return-value]
+
+    def _notice_changes(self) -> None:
+        self._average_is_current = self.actor_average is not None and self.actor_average.is_current(self.actor)
+
+    def train(self: SelfDQSPolicy, mode: bool = True) -> SelfDQSPolicy:
+        """
+        As torch's. Whether the running average follows the actor is found out here, too, for exports, which begin with
+        ``eval()``.
+
+        :param mode: whether to set training mode
+        """
+        super().train(mode)
+        self._notice_changes()
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
@@ -355,14 +370,27 @@ class DQSPolicy(BasePolicy):
 
         :param state_dict: parameters and buffers
         """
-        average = {} if self.actor_average is None else self.actor_average.state_dict(prefix="actor_average.")
-        given = {name: value for name, value in state_dict.items() if name.startswith("actor_average.")}
-        if bool(average) != bool(given):
-            others = {name: value for name, value in state_dict.items() if name not in given}
-            state_dict = {**others, **{name: th.zeros_like(value) for name, value in average.items()}}
+        prefix = "actor_average."
+        given = {name: value.shape for name, value in state_dict.items() if name.startswith(prefix)}
+        own = self._shapes_of_average(prefix)
+        if given and own and given != own:
+            self.actor_average.restart(self.actor)  # type: ignore[union-attr]  # other layers since it began
+            own = self._shapes_of_average(prefix)
+        if given != own:
+            others = OrderedDict((name, value) for name, value in state_dict.items() if name not in given)
+            others._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+            if self.actor_average is not None:
+                has_actor = any(name.startswith("actor.") for name in others)
+                others.update((name, th.zeros_like(value) if has_actor else value) for name, value in
+                              self.actor_average.state_dict(prefix=prefix).items())  # fmt: skip
+            state_dict = others
         result = super().load_state_dict(state_dict, *args, **kwargs)
-        self._average_is_current = self.actor_average is not None and self.actor_average.is_current(self.actor)
+        self._notice_changes()
         return result
+
+    def _shapes_of_average(self, prefix: str) -> dict[str, th.Size]:
+        average = {} if self.actor_average is None else self.actor_average.state_dict(prefix=prefix)
+        return {name: value.shape for name, value in average.items()}
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
@@ -429,17 +457,15 @@ class DQSPolicy(BasePolicy):
             super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if not deterministic:
-            return self.actor(observation)
-        with self._deterministic_parameters():
-            if self.best_of_n_by_q is None:
-                return self.actor(observation, deterministic=True)
-            embedding = self.actor.embed(observation)
-            u = self.actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
-        actions = th.tanh(u)
-        values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
-        action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
-        return action + 0 * values  # NaN where the values are not finite
+        actor = self._deterministic_actor() if deterministic else self.actor
+        if deterministic and self.best_of_n_by_q is not None:
+            embedding = actor.embed(observation)
+            u = actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
+            actions = th.tanh(u)
+            values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
+            action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
+            return action + 0 * values  # NaN where the values are not finite
+        return actor(observation, deterministic)
 
     @locked
     @th.no_grad()

@@ -389,6 +389,64 @@ class TestActor:
         model.learn(40, reset_num_timesteps=False)
         assert model.policy.actor_average.is_current(model.actor)
 
+    def test_other_threads_see_the_actor_itself(self, make_model):
+        model = make_model().learn(60)
+        weight, obs = model.actor.embed_features.weight, np.zeros((1, 3), np.float32)
+        seen = []
+        handle = model.actor.embed_features.register_forward_hook(lambda *_: seen.append(model.actor.embed_features.weight))
+        model.predict(obs, deterministic=True)
+        handle.remove()
+        assert seen and all(value is weight for value in seen)
+
+    def test_parameters_of_the_critic_alone_leave_the_average(self, make_model):
+        model = make_model().learn(60)
+        obs = th.zeros(1, 3)
+        before = both_actions(model, obs)
+        state = model.policy.state_dict()
+        critic, actor = ({n: v for n, v in state.items() if n.startswith(start)} for start in ("critic.", "actor."))
+        model.policy.load_state_dict(critic | actor, strict=False)
+        assert th.equal(*both_actions(model, obs)) and not th.equal(*before)
+        model.learn(40, reset_num_timesteps=False)
+        before = both_actions(model, obs)
+        model.policy.load_state_dict(critic, strict=False)
+        assert th.equal(both_actions(model, obs)[0], before[0]) and not th.equal(*before)
+
+    def test_layers_added_after_construction_are_loaded(self, make_model):
+        model, other = make_model().learn(60), make_model()
+        for each in (model, other):
+            each.actor.add_module("adapter", th.nn.Linear(2, 2))
+        model.learn(60, reset_num_timesteps=False)
+        other.policy.load_state_dict(model.policy.state_dict())
+        obs = th.zeros(1, 3)
+        assert th.equal(both_actions(model, obs)[0], both_actions(other, obs)[0])
+        assert not th.equal(*both_actions(other, obs))
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+    @pytest.mark.parametrize("change_by_hand", [False, True])
+    def test_exported_policy_acts_as_predict(self, make_model, change_by_hand):
+        model = make_model().learn(60)
+        obs = np.zeros((2, 3), np.float32)
+        model.predict(obs, deterministic=True)
+        if change_by_hand:
+            for param in model.actor.parameters():
+                param.data.mul_(1.1)
+
+        class Deterministic(th.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.policy = model.policy
+
+            def forward(self, obs):
+                return self.policy(obs, deterministic=True)
+
+        module = Deterministic().eval()
+        with th.no_grad():
+            traced = th.jit.trace(module, th.as_tensor(obs))
+        exported = th.export.export(module, (th.as_tensor(obs),)).module()
+        expected = model.policy.scale_action(model.predict(obs, deterministic=True)[0])
+        assert np.allclose(traced(th.as_tensor(obs)).detach(), expected, atol=1e-5)
+        assert np.allclose(exported(th.as_tensor(obs)).detach(), expected, atol=1e-5)
+
     @pytest.mark.parametrize(("saved", "loaded"), [(1, 0.1), (0.1, 1)])
     def test_another_averaging_rate_can_be_loaded(self, make_model, tmp_path, saved, loaded):
         model = make_model(policy_kwargs={"actor_averaging_rate": saved}).learn(60)

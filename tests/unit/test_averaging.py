@@ -63,27 +63,46 @@ class TestRunningAverage:
             expected = (1 - rate) * expected + rate * module.weight
         assert th.allclose(average.values[0], expected) and average.n_updates == 7
 
-    def test_acts_in_the_place_of_tied_parameters_and_gives_them_back(self):
+    def test_stands_in_with_tied_parameters_while_the_module_stays(self):
         layer = nn.Linear(2, 2)
         module = nn.ModuleDict({"first": layer, "second": nn.Sequential(layer)})
         average = RunningAverage(module, 0.5)
-        weight, before = layer.weight, layer.weight.clone()
+        before = layer.weight.detach().clone()
         average.update(shifted(module, 1.0))
         average.update(shifted(module, 1.0))
-        with average.in_place_of(module):
-            assert th.equal(module["first"].weight, module["second"][0].weight)
-            inside = module["first"].weight.clone()
-        assert th.allclose(inside, before + 2 - 1 / 21)  # rates 1 and 20 / 21
-        assert layer.weight is weight and th.allclose(weight, before + 2)
+        stand_in = average.stand_in(module)
+        assert stand_in["first"].weight is stand_in["second"][0].weight
+        assert th.allclose(stand_in["first"].weight, before + 2 - 1 / 21)  # rates 1 and 20 / 21
+        assert module["first"] is layer and th.allclose(layer.weight, before + 2)
 
-    def test_gives_the_parameters_back_after_an_error(self):
-        module = nn.Linear(2, 2)
-        weight = module.weight
-        with pytest.raises(KeyError), RunningAverage(module, 0.5).in_place_of(module):
-            raise KeyError
-        assert module.weight is weight
+    @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+    @pytest.mark.parametrize("kind", ["gru", "weight_norm", "parametrization", "buffers and hooks"])
+    def test_stand_in_computes_what_the_module_would_with_the_average(self, kind):
+        module: nn.Module = nn.GRU(3, 3) if kind == "gru" else nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        calls: list[int] = []
+        if kind == "weight_norm":
+            nn.utils.weight_norm(module[0])
+        elif kind == "parametrization":
+            nn.utils.parametrizations.spectral_norm(module[0])
+        elif kind == "buffers and hooks":
+            module[0].register_forward_hook(lambda *_: calls.append(1))
+            module[1].running_mean += 1
+        average, x = RunningAverage(module, 0.5), th.rand(4, 3)
+        module.eval()
+        average.update(shifted(module, 0.1))
+        average.update(shifted(module, 0.1))
+        with th.no_grad():
+            found = average.stand_in(module)(x)
+            for param, value in zip(module.parameters(), average.values, strict=True):
+                param.copy_(value)
+            expected = module(x)
+        first, second = (value[0] if kind == "gru" else value for value in (found, expected))
+        assert th.allclose(first, second, atol=1e-6)
+        assert len(calls) == 2 * (kind == "buffers and hooks")
 
-    @pytest.mark.parametrize("change", ["one bit", "row", "column", "data", "load", "swap", "add", "complex"])
+    @pytest.mark.parametrize(
+        "change", ["one bit", "one bias", "empty", "row", "column", "data", "load", "swap", "add", "complex"]
+    )
     def test_notices_every_change(self, change):
         module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         module.register_parameter("factor", nn.Parameter(th.ones(2, dtype=th.complex64)))
@@ -94,6 +113,10 @@ class TestRunningAverage:
         if change == "one bit":
             with th.no_grad():
                 first[0, 0] = th.nextafter(first[0, 0], th.tensor(10.0))
+        elif change == "one bias":
+            module[1].bias.data[5] += 1
+        elif change == "empty":
+            module.register_parameter("empty", nn.Parameter(th.zeros(0)))
         elif change == "row":
             first.data[7] = 0
         elif change == "column":
@@ -113,10 +136,21 @@ class TestRunningAverage:
         average.update(module)
         assert average.is_current(module)
 
-    def test_frozen_parameters_stay(self):
+    def test_frozen_parameters_are_copied(self):
         module = nn.Linear(2, 2)
         average = RunningAverage(module, 0.5)
         module.bias.requires_grad_(False)
         before = module.bias.clone()
         average.update(shifted(module, 1.0))
-        assert th.equal(average.values[1], before) and th.allclose(average.values[0], module.weight)
+        assert th.allclose(average.values[0], module.weight)
+        assert th.equal(average.values[1], before + 1)  # moved by something else: copied
+
+
+def test_waits_for_lazy_parameters():
+    module = nn.LazyLinear(2)
+    average = RunningAverage(module, 0.5)
+    module(th.rand(1, 3))
+    assert not average.is_current(module)
+    average.restart(module)
+    average.update(module)
+    assert average.is_current(module)
