@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 
 th.set_num_threads(1)  # networks this small are no faster with more
 model = DQS("MlpPolicy", "Pendulum-v1", seed=0)
-print("Training on Pendulum-v1 for 5,000 steps ...", flush=True)
-model.learn(total_timesteps=5_000, progress_bar=True)
+print("Training on Pendulum-v1 for 7,000 steps ...", flush=True)
+model.learn(total_timesteps=7_000, progress_bar=True)
 
 angles = []  # from upright, of every step of every episode
 
