@@ -23,12 +23,12 @@ def note_angle(variables, _):
     angles.append(np.degrees(np.arctan2(sine, cosine)))
 
 
-mean, std = evaluate_policy(model, model.get_env(), n_eval_episodes=20, deterministic=True, callback=note_angle)
-print(f"Pendulum-v1, 20 deterministic episodes after {model.num_timesteps} steps: {mean:.0f} +/- {std:.0f}")
+mean, std = evaluate_policy(model, model.get_env(), n_eval_episodes=100, deterministic=True, callback=note_angle)
+print(f"Pendulum-v1, 100 deterministic episodes after {model.num_timesteps} steps: {mean:.0f} +/- {std:.0f}")
 print("(a random policy gets about -1200, a policy that swings the pendulum up and keeps it there about -150)")
 
 figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-ax.plot(np.abs(np.reshape(angles, (20, -1))).T, color="tab:blue", alpha=0.4)
-ax.set(xlabel="step of the episode", ylabel="degrees from upright", ylim=(0, 180), title="Pendulum-v1: 20 episodes of DQS")
+ax.plot(np.abs(np.reshape(angles, (100, -1))).T, color="tab:blue", alpha=0.2)
+ax.set(xlabel="step of the episode", ylabel="degrees from upright", ylim=(0, 180), title="Pendulum-v1: 100 episodes of DQS")
 figure.savefig("pendulum.png", dpi=100)
 print("picture: pendulum.png")
