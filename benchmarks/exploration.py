@@ -86,6 +86,8 @@ class PinkSAC(SAC):
 
 
 EQUAL_ENTROPY = "SAC, equal entropy"
+# Whose entropy it gets, if not that of "DQS"
+ENTROPY_OF = {"MountainCar": "DQS, held for 32 steps"}
 # From 1 on the temperature would not fall as far in these steps
 START_OF_EQUAL_ENTROPY = {"Keeper": "auto_0.05", "DelayedBest": "auto_0.05"}
 VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
@@ -188,9 +190,10 @@ def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dic
 
 def entropy_of_dqs(task: str, path: Path) -> float:
     """Mean over the rows of DQS."""
-    entropies = [float(row["entropy"]) for row in read_rows(path) if (row["task"], row["variant"]) == (task, "DQS")]
+    variant = ENTROPY_OF.get(task, "DQS")
+    entropies = [float(row["entropy"]) for row in read_rows(path) if (row["task"], row["variant"]) == (task, variant)]
     if not entropies:
-        raise ValueError(f'--variants: "{EQUAL_ENTROPY}" needs rows of DQS on {task} in {path}; run DQS first.')
+        raise ValueError(f'--variants: "{EQUAL_ENTROPY}" needs rows of "{variant}" on {task} in {path}; run that first.')
     return float(np.mean(entropies))
 
 
