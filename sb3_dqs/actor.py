@@ -1,7 +1,7 @@
 """The actor: a denoiser run backwards."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -12,12 +12,23 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_dqs import fast
+from sb3_dqs.averaging import RunningAverage
 from sb3_dqs.density import PathDensity, log_det_tanh, trace_steps
 from sb3_dqs.noise import NoiseLevels, c_in, c_noise, c_out, c_skip
 from sb3_dqs.solvers import Solver, dpm_solver_2m, find_mode, invert, mode_latent
+from sb3_dqs.warn_once import warn_once
 
+# What SAC's actor has and this one has not: a Gaussian
+GAUSSIAN_PARTS = ("latent_pi", "mu", "log_std", "action_dist", "get_action_dist_params")
+NO_GAUSSIAN = (
+    "the policy of DQS is no Gaussian. Entropy: policy.entropy(obs); density: policy.log_prob(obs, actions); mean and spread: "
+    'of draws, actor(obs); coloured noise: DQS(exploration_noise="pink").'
+)
 # The Gaussian's standard deviation lies between sigma_data / 30 = 0.03, the least noise, and 30 sigma_data
 MAX_LOG_SCALE = 3.4
+
+
+SelfActor = TypeVar("SelfActor", bound="Actor")
 
 
 class Actor(BasePolicy):
@@ -125,6 +136,20 @@ class Actor(BasePolicy):
         # Latents of the next stochastic actions, shape (n_envs, action_dim). If None, new ones are drawn at every call
         self.register_buffer("held_latents", th.randn(1, self.action_dim) if use_sde else None, persistent=False)
 
+        # The running average that deterministic actions come from, see follow(); in a list, because the policy saves it
+        self._averages: list[RunningAverage] = []
+        self.average_is_current = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GAUSSIAN_PARTS:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}': {NO_GAUSSIAN}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in GAUSSIAN_PARTS:
+            raise AttributeError(f"`{name}` cannot be set: {NO_GAUSSIAN}")
+        super().__setattr__(name, value)
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
 
@@ -199,6 +224,7 @@ class Actor(BasePolicy):
         :return: estimate of E[u | s, x], of the shape of x
         """
         sigma = th.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        sigma = sigma.reshape(1, 1) if sigma.dim() == 0 else sigma  # quantised layers take no less than two dimensions
         hidden, mean, std = self.split(embedding)
         centered = x - mean
         first = self.embed_action(c_in(sigma, std) * centered) + self.embed_level(self.level_features(sigma))
@@ -292,13 +318,73 @@ class Actor(BasePolicy):
         return density.log_density(latents) - log_det_tanh(u)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if deterministic:
+            return self.deterministic_actor().mode(obs)
         embedding = self.embed(obs)
         denoise = fast.denoiser(self, embedding)
-        if deterministic:
-            latents = self.mode_latent.expand(embedding.shape[0], -1)
-            return th.tanh(find_mode(denoise, self.sigmas[0] * latents, self.sigmas))
         latents = self._acting_latents(embedding)
         return th.tanh(self.solver(denoise, self.sigmas[0] * latents, self.sigmas, None))
+
+    def mode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Deterministic action of the parameters as the last update left them, whatever `deterministic_actor()` is.
+
+        :param obs: Observation
+        :return: actions in [-1, 1], shape (batch_size, action_dim)
+        """
+        embedding = self.embed(obs)
+        latents = self.mode_latent.expand(embedding.shape[0], -1)
+        return th.tanh(find_mode(fast.denoiser(self, embedding), self.sigmas[0] * latents, self.sigmas))
+
+    def follow(self, average: RunningAverage) -> None:
+        """
+        Let deterministic actions come from a running average of this actor.
+
+        :param average: of its parameters
+        """
+        self._averages[:] = [average]
+
+    def deterministic_actor(self) -> "Actor":
+        """
+        The actor that deterministic actions come from.
+
+        :return: this one with its running average for parameters; itself if there is none, if something else than
+            ``DQS.train()`` changed its parameters, and if gradients are to reach them
+        """
+        is_exporting = th.jit.is_tracing() or getattr(th.compiler, "is_exporting", th.compiler.is_compiling)()
+        if not self._averages:
+            return self
+        if th.is_grad_enabled() and not is_exporting:
+            if not th.compiler.is_compiling() and self.average_is_current and self._averages[0].n_updates > 0:
+                warn_once(
+                    "Where gradients are enabled, deterministic actions are those of the actor's last update; predict() "
+                    "uses its running average: call it under torch.no_grad() for the same actions."
+                )
+            return self
+        if not is_exporting and not th.compiler.is_compiling():  # there, values cannot be compared
+            try:
+                self.notice_changes()
+            except RuntimeError:  # torch.func.vmap over the parameters
+                return self
+        return self._averages[0].stand_in(self) if self.average_is_current else self  # type: ignore[return-value]
+
+    def notice_changes(self) -> None:
+        """Find out whether the running average follows the parameters."""
+        self.average_is_current = bool(self._averages) and self._averages[0].is_current(self)
+
+    def train(self: SelfActor, mode: bool = True) -> SelfActor:
+        """
+        As torch's. Whether the running average follows the actor is found out here, too, for exports, which begin with
+        ``eval()``.
+
+        :param mode: whether to set training mode
+        """
+        super().train(mode)
+        self.notice_changes()
+        return self
+
+    def set_training_mode(self, mode: bool) -> None:
+        super().train(mode)  # predict() calls this, and notices changes itself
 
     def _acting_latents(self, embedding: th.Tensor) -> th.Tensor:
         n_envs = embedding.shape[0]

@@ -80,6 +80,15 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, (bool, np.bool_))
 
 
+def _is_target_entropy(value: Any) -> bool:
+    if not isinstance(value, str) or value == "auto":
+        return isinstance(value, str) or _is_real(value)
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
 def _plain(value: Any) -> Any:
     return operator.index(value) if is_int(value, -MAX_INT) else float(value) if _is_real(value) else value
 
@@ -195,7 +204,7 @@ ARGUMENT_CHECKS: dict[str, Argument] = {
     "n_steps": _integer(1),
     "ent_coef": Argument(lambda v: True, "a temperature, see check_ent_coef()"),
     "target_update_interval": _integer(1),
-    "target_entropy": Argument(lambda v: (isinstance(v, str) and v == "auto") or _is_real(v), TARGET_ENTROPY, _plain),
+    "target_entropy": Argument(_is_target_entropy, TARGET_ENTROPY, _plain),
     "use_sde": BOOL,
     "sde_sample_freq": _integer(-MAX_INT, "an integer: every how many steps, or -1 for once per rollout"),
     "use_sde_at_warmup": BOOL,
@@ -373,8 +382,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
     """
     if not issubclass(policy_class, DQSPolicy):
         raise ValueError(
-            f"policy={policy_class.__name__} is not a policy of DQS: load a file with the algorithm that saved it; for a new "
-            "model pass MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_dqs."
+            f"policy={policy_class.__name__} is not a policy of DQS: pass MlpPolicy, CnnPolicy or MultiInputPolicy of "
+            "sb3_dqs; load a file with the algorithm that saved it."
         )
     is_dict, has_own_extractor = isinstance(observation_space, spaces.Dict), "features_extractor_class" in policy_kwargs
     if issubclass(policy_class, MultiInputPolicy) and not has_own_extractor and not is_dict:

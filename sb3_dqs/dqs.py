@@ -276,7 +276,8 @@ class DQS(OffPolicyAlgorithm):
             if getattr(self, name) != inspect.signature(DQS.__init__).parameters[name].default:
                 warn_once(
                     f"`{name}={getattr(self, name)}` has no effect: {type(self.critic).__name__} has no target network; pass "
-                    'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.'
+                    'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.',
+                    key=name,
                 )
         if self.use_sde and self.exploration_noise == "pink":
             warn_once(
@@ -742,17 +743,38 @@ class DQS(OffPolicyAlgorithm):
 
     @property
     def log_ent_coef(self) -> th.Tensor | None:
-        """Logarithm of a tuned temperature, 0-d; None for others, as in SAC."""
-        return self.temperature.log_ent_coef if isinstance(self.temperature, AutoTemperature) else None
+        """Logarithm of a tuned temperature, shape (1,), a view that may be written to; None for others, as in SAC."""
+        return self.temperature.log_ent_coef.view(1) if isinstance(self.temperature, AutoTemperature) else None
+
+    @log_ent_coef.setter
+    def log_ent_coef(self, value: th.Tensor | float) -> None:
+        if not isinstance(self.temperature, AutoTemperature):
+            raise AttributeError(
+                f"`log_ent_coef` cannot be set, because ent_coef={self.ent_coef!r} is not tuned; "
+                'load or create the model with ent_coef="auto".'
+            )
+        self.temperature.log_ent_coef.fill_(float(th.as_tensor(value).detach()))
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:
-        """The present temperature, 0-d."""
+        """The present temperature, 0-d. Setting it fixes the temperature at this value, as ``ent_coef=value`` does."""
         return self.temperature(self._current_progress_remaining)
+
+    @ent_coef_tensor.setter
+    def ent_coef_tensor(self, value: th.Tensor | float) -> None:
+        number = float(th.as_tensor(value).detach())
+        self.temperature = make_temperature(number).to(self.device)
+        self.ent_coef = number
 
     @property
     def ent_coef_optimizer(self) -> None:
-        """DQS has none."""
-        raise AttributeError(
-            "DQS has no `ent_coef_optimizer`: model.temperature.update() moves the temperature by gradient steps of its own."
-        )
+        """None: a temperature moves by steps of its own, with the learning rate of the networks."""
+        return None
+
+    @ent_coef_optimizer.setter
+    def ent_coef_optimizer(self, value: th.optim.Optimizer | None) -> None:
+        if value is not None:
+            warn_once(
+                "`ent_coef_optimizer` has no effect: a tuned temperature moves by steps of its own, with the learning rate of "
+                "the networks. To set the temperature: model.log_ent_coef = math.log(0.1)."
+            )

@@ -164,7 +164,8 @@ class DQSPolicy(BasePolicy):
             if value is not None:
                 warn_once(
                     f"policy_kwargs: `{name}={value}` is ignored, it shapes SAC's Gaussian and DQS has none; "
-                    "remove it to silence this warning."
+                    "remove it to silence this warning.",
+                    key=name,
                 )
 
         self.lock = _Lock()
@@ -214,7 +215,7 @@ class DQSPolicy(BasePolicy):
         self.actor_average = None
         if self.actor_averaging_rate < 1:
             self.actor_average = RunningAverage(self.actor, self.actor_averaging_rate).to(self.device)
-        self._average_is_current = False
+            self.actor.follow(self.actor_average)
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         if self.share_features_extractor:
@@ -329,39 +330,13 @@ class DQSPolicy(BasePolicy):
         """Move the running average of the actor, if there is one; called after every update of the actor."""
         if self.actor_average is not None:
             self.actor_average.update(self.actor)
-            self._average_is_current = True
+            self.actor.average_is_current = True
 
     def restart_average(self) -> None:
         """Begin the running average anew if something else changed the actor; called before updates."""
         if self.actor_average is not None and not self.actor_average.is_current(self.actor):
             self.actor_average.restart(self.actor)
-            self._average_is_current = False
-
-    def _deterministic_actor(self) -> Actor:
-        """The actor with its running average for parameters if that follows the actor, else the actor."""
-        is_exporting = th.jit.is_tracing() or getattr(th.compiler, "is_exporting", th.compiler.is_compiling)()
-        if self.actor_average is None or (th.is_grad_enabled() and not is_exporting):  # gradients are to reach the actor
-            return self.actor
-        if not is_exporting and not th.compiler.is_compiling():  # there, values cannot be compared
-            try:
-                self._notice_changes()
-            except RuntimeError:  # torch.func.vmap over the parameters
-                return self.actor
-        return self.actor_average.stand_in(self.actor) if self._average_is_current else self.actor  # type: ignore[return-value]
-
-    def _notice_changes(self) -> None:
-        self._average_is_current = self.actor_average is not None and self.actor_average.is_current(self.actor)
-
-    def train(self: SelfDQSPolicy, mode: bool = True) -> SelfDQSPolicy:
-        """
-        As torch's. Whether the running average follows the actor is found out here, too, for exports, which begin with
-        ``eval()``.
-
-        :param mode: whether to set training mode
-        """
-        super().train(mode)
-        self._notice_changes()
-        return self
+            self.actor.average_is_current = False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
@@ -385,7 +360,7 @@ class DQSPolicy(BasePolicy):
                               self.actor_average.state_dict(prefix=prefix).items())  # fmt: skip
             state_dict = others
         result = super().load_state_dict(state_dict, *args, **kwargs)
-        self._notice_changes()
+        self.actor.notice_changes()
         return result
 
     def _shapes_of_average(self, prefix: str) -> dict[str, th.Size]:
@@ -457,15 +432,15 @@ class DQSPolicy(BasePolicy):
             super().save(file)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        actor = self._deterministic_actor() if deterministic else self.actor
         if deterministic and self.best_of_n_by_q is not None:
+            actor = self.actor.deterministic_actor()
             embedding = actor.embed(observation)
             u = actor.sample(embedding.unsqueeze(1), self.latent_bank.expand(embedding.shape[0], -1, -1))
             actions = th.tanh(u)
             values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
             action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
             return action + 0 * values  # NaN where the values are not finite
-        return actor(observation, deterministic)
+        return self.actor(observation, deterministic)
 
     @locked
     @th.no_grad()

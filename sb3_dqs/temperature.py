@@ -214,7 +214,8 @@ def make_temperature(
     except (TypeError, ValueError) as error:
         raise ValueError(
             f'ent_coef={ent_coef!r} is not a temperature: pass "auto", "auto_0.1", a positive number, '
-            '"log_linear_1.0_0.01", a function of the remaining progress, or a Temperature.'
+            '"log_linear_1.0_0.01", a function of the remaining progress, or a Temperature. A policy of temperature 0 would '
+            "be one action per state: for nearly that, pass 0.001."
         ) from error
 
 

@@ -1,6 +1,5 @@
 """Warnings at the line of the user, once per process."""
 
-import functools
 import os
 import sys
 import warnings
@@ -9,9 +8,19 @@ from pathlib import Path
 PACKAGES = ("sb3_dqs", "stable_baselines3", "torch")
 
 
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn once per process, at the line of the user."""
+warned_of: set[str] = set()
+
+
+def warn_once(message: str, key: str | None = None) -> None:
+    """
+    Warn once per process, at the line of the user.
+
+    :param message: the warning
+    :param key: what it is about, if the message has values in it that change; by default the message
+    """
+    if (key or message) in warned_of:
+        return
+    warned_of.add(key or message)
     packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in PACKAGES)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):

@@ -27,7 +27,7 @@ from sb3_dqs.checks import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_argument
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import PosteriorMean
 from sb3_dqs.finite import check_finite
-from sb3_dqs.warn_once import warn_once
+from sb3_dqs.warn_once import warned_of
 
 NAN, INF = float("nan"), float("inf")
 BIG = 10**400  # not a float
@@ -246,7 +246,7 @@ def test_what_means_something_is_accepted(kwargs, tmp_path):
 
 
 def test_ignored_arguments_warn_once_at_the_line_of_the_user(make_model):
-    warn_once.cache_clear()
+    warned_of.clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -256,7 +256,7 @@ def test_ignored_arguments_warn_once_at_the_line_of_the_user(make_model):
 
 
 def test_arguments_of_a_target_network_warn_where_there_is_none(make_model, recwarn):
-    warn_once.cache_clear()
+    warned_of.clear()
     make_model(policy_kwargs={"critic_class": "mlp"}, tau=0.02, target_update_interval=2)
     make_model()
     assert not [warning for warning in recwarn if "no effect" in str(warning.message)]

@@ -25,7 +25,7 @@ from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.density import log_det_tanh
 from sb3_dqs.noise import c_out
 from sb3_dqs.temperature import AutoTemperature
-from sb3_dqs.warn_once import warn_once
+from sb3_dqs.warn_once import warned_of
 
 LOGGED = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss", "entropy", "ess", "learning_rate")
 
@@ -181,7 +181,18 @@ def both_actions(model: DQS, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """The deterministic action, and that of the actor itself."""
     action, _ = model.predict(obs.numpy(), deterministic=True)
     with th.no_grad():
-        return th.as_tensor(action), th.as_tensor(model.policy.unscale_action(model.actor(obs, deterministic=True).numpy()))
+        return th.as_tensor(action), th.as_tensor(model.policy.unscale_action(model.actor.mode(obs).numpy()))
+
+
+class Deterministic(th.nn.Module):
+    """As SB3's page on export wraps an actor."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs):
+        return self.actor(obs, deterministic=True)
 
 
 class TestActor:
@@ -358,6 +369,29 @@ class TestActor:
             assert np.abs(model.predict(obs.numpy(), deterministic=True)[0] / 2 - 0.5).mean() < 0.1
             model.learn(60)
 
+    def test_called_by_itself_acts_as_predict_does(self, make_model):
+        model = make_model().learn(60)
+        obs = th.rand(8, 3)
+        expected = model.policy.scale_action(model.predict(obs.numpy(), deterministic=True)[0])
+        for actor in (model.actor, copy.deepcopy(model.actor), copy.deepcopy(model.policy).actor):
+            with th.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the tracer
+                assert np.allclose(actor(obs, deterministic=True), expected, atol=1e-6)
+                assert np.allclose(th.jit.trace(Deterministic(actor).eval(), obs)(obs), expected, atol=1e-5)
+        exported = th.export.export(Deterministic(model.actor).eval(), (obs,)).module()
+        assert np.allclose(exported(obs).detach(), expected, atol=1e-5)
+        warned_of.clear()
+        with pytest.warns(UserWarning, match=r"Where gradients are enabled.*torch\.no_grad"):
+            itself = model.actor(obs, deterministic=True)
+        assert not np.allclose(itself.detach(), expected, atol=1e-6)
+
+    def test_quantised_acts_as_its_last_update_does(self, make_model):
+        model = make_model().learn(60)
+        obs = th.rand(8, 3)
+        quantised = th.ao.quantization.quantize_dynamic(model.policy.actor, {th.nn.Linear}, dtype=th.qint8)
+        with th.no_grad():
+            assert np.allclose(quantised(obs, deterministic=True), model.actor.mode(obs), atol=0.05)
+
     def test_perturbed_parameters_act(self, make_model):
         model = make_model().learn(60)
         obs = th.zeros(1, 3)
@@ -381,7 +415,7 @@ class TestActor:
         obs, calls = np.ones((1, 3), np.float32), []
         handle = model.actor.embed_features.register_forward_hook(lambda *_: calls.append(1))
         before, _ = model.predict(obs, deterministic=True)
-        assert calls and model.policy._average_is_current
+        assert calls and model.actor.average_is_current
         handle.remove()
         model.actor.add_module("adapter", th.nn.Linear(2, 2))
         prune.random_unstructured(model.actor.embed_features, "weight", 0.5)
@@ -481,8 +515,36 @@ class TestNamesOfSac:
         model.learn(40)
         assert float(model.ent_coef_tensor) == pytest.approx(math.exp(model.log_ent_coef)) != pytest.approx(0.5)
         assert "train/ent_coef_loss" in model.logger.name_to_value
-        with pytest.raises(AttributeError, match=r"model\.temperature\.update"):
-            _ = model.ent_coef_optimizer
+        assert model.ent_coef_optimizer is None  # as SAC's of a fixed temperature: the common guard is `is not None`
+
+    def test_temperature_can_be_set_as_pipelines_of_sac_do(self, make_model, tmp_path):
+        model = make_model(ent_coef="auto_0.5")
+        for value in (th.log(th.ones(1) * 0.2).requires_grad_(True), th.nn.Parameter(th.tensor(math.log(0.2))), math.log(0.2)):
+            model.log_ent_coef = value
+            assert float(model.ent_coef_tensor) == pytest.approx(0.2)
+            assert float(model.log_ent_coef[0]) == pytest.approx(math.log(0.2))
+        model.log_ent_coef.copy_(th.tensor([-0.7]))
+        assert float(model.ent_coef_tensor) == pytest.approx(math.exp(-0.7))
+        model.ent_coef_optimizer = None
+        with pytest.warns(UserWarning, match=r"`ent_coef_optimizer` has no effect.*model\.log_ent_coef = "):
+            model.ent_coef_optimizer = th.optim.Adam([th.nn.Parameter(th.zeros(1))])
+        model.ent_coef_tensor = th.tensor(0.25)
+        model.learn(40)
+        model.save(tmp_path / "model")
+        assert float(model.ent_coef_tensor) == float(DQS.load(tmp_path / "model").ent_coef_tensor) == 0.25
+        with pytest.raises(AttributeError, match=r'`log_ent_coef` cannot be set, because ent_coef=0\.25 .* ent_coef="auto"'):
+            model.log_ent_coef = 0.0
+        with pytest.raises(ValueError, match=r"ent_coef=-1\.0 is not a temperature"):
+            model.ent_coef_tensor = -1
+
+    def test_gaussian_is_missed_with_the_replacement_named(self, make_model):
+        model = make_model()
+        for name in ("mu", "latent_pi", "log_std", "action_dist", "get_action_dist_params"):
+            assert not hasattr(model.actor, name)
+            with pytest.raises(AttributeError, match=rf"no attribute '{name}': .*policy\.entropy\(obs\)"):
+                getattr(model.actor, name)
+            with pytest.raises(AttributeError, match=rf"`{name}` cannot be set: .*exploration_noise"):
+                setattr(model.actor, name, th.nn.Linear(2, 2))
 
     def test_target_entropy_can_be_set_during_training(self, make_model, tmp_path):
         model = make_model(ent_coef="auto_0.1", learning_rate=1e-2).learn(20)
@@ -516,7 +578,7 @@ class TestNamesOfSac:
         assert float(model.ent_coef_tensor) == pytest.approx(last, rel=0.1)
         assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(last, rel=0.1)
         assert "train/ent_coef_loss" not in model.logger.name_to_value
-        assert model.log_ent_coef is None and not hasattr(model, "ent_coef_optimizer")
+        assert model.log_ent_coef is None and model.ent_coef_optimizer is None
 
     def test_learning_rate_schedule(self, make_model):
         model = make_model(learning_rate=lambda progress: 1e-3 * progress).learn(50)
@@ -542,7 +604,7 @@ class TestExploration:
         assert abs(np.corrcoef(pairs[:-1].ravel(), pairs[1:].ravel())[0, 1]) < 0.1
 
     def test_pink_noise_and_held_noise_exclude_each_other(self, make_model):
-        warn_once.cache_clear()
+        warned_of.clear()
         with pytest.warns(UserWarning, match=r'`exploration_noise="pink"` has no effect with use_sde=True'):
             make_model(use_sde=True, exploration_noise="pink")
 

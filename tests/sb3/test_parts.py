@@ -19,7 +19,7 @@ from sb3_dqs.denoiser_targets import EnergyGradient, GradientStep, PosteriorMean
 from sb3_dqs.noise import NoiseLevels
 from sb3_dqs.solvers import dpm_solver_2m
 from sb3_dqs.temperature import AutoTemperature, Temperature
-from sb3_dqs.warn_once import warn_once
+from sb3_dqs.warn_once import warned_of
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from layer_norm_critic import LayerNormCritic
@@ -224,7 +224,7 @@ class TestBoundsOfTheTemperature:
         assert model.q_spread(th.randn(20_000, 3)).item() == pytest.approx(math.sqrt(3), rel=0.05)
 
     def test_training_lifts_a_temperature_that_changes_nothing(self, make_model):
-        warn_once.cache_clear()
+        warned_of.clear()
         model = make_model(ent_coef="auto_1e-30")
         with pytest.warns(UserWarning, match="at its bound"):
             model.learn(30)

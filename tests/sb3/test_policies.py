@@ -18,7 +18,7 @@ from toys import same
 from sb3_dqs import CnnPolicy, MlpPolicy
 from sb3_dqs.critics import MlpCritic
 from sb3_dqs.policies import DQSPolicy
-from sb3_dqs.warn_once import warn_once
+from sb3_dqs.warn_once import warned_of
 
 OBS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -92,7 +92,7 @@ class TestArchitecture:
         assert model.actor.normalize_images == model.critic.normalize_images == (not is_normalized)
 
     def test_ignored_arguments_of_sac_warn_once_each(self, make_model):
-        warn_once.cache_clear()
+        warned_of.clear()
         with pytest.warns(UserWarning) as caught:
             make_model(policy_kwargs={"log_std_init": -3, "use_expln": True, "clip_mean": 2.0})
         messages = [str(warning.message) for warning in caught]
