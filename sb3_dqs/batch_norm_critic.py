@@ -144,6 +144,14 @@ class BatchNormCritic(Critic):
         self.averaging_rate = averaging_rate
         self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("qf") and name[2:].isdigit():
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}'; its networks are in q_networks, and normalise. "
+                'policy_kwargs=dict(critic_class="mlp") has those of SAC.'
+            )
+        return super().__getattr__(name)
+
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
         As SB3's ``ContinuousCritic``.

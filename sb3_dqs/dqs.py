@@ -44,7 +44,7 @@ from sb3_dqs.noise import c_out
 from sb3_dqs.observations import count, select
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy, evaluation_mode, locked
 from sb3_dqs.saving import atomic, check_model_file
-from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature, read_target_entropy
+from sb3_dqs.temperature import AutoTemperature, FixedTemperature, Temperature, make_temperature, read_target_entropy
 from sb3_dqs.warn_once import warn_once
 
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
@@ -748,12 +748,17 @@ class DQS(OffPolicyAlgorithm):
 
     @log_ent_coef.setter
     def log_ent_coef(self, value: th.Tensor | float) -> None:
+        number = float(th.as_tensor(value).detach())
+        if isinstance(self.temperature, FixedTemperature):  # from now on tuned, as in SAC
+            target_entropy = read_target_entropy(self.target_entropy, self.actor.action_dim)
+            self.temperature = make_temperature("auto", target_entropy, self.actor.action_dim).to(self.device)
+            self.ent_coef = "auto"
         if not isinstance(self.temperature, AutoTemperature):
             raise AttributeError(
-                f"`log_ent_coef` cannot be set, because ent_coef={self.ent_coef!r} is not tuned; "
+                f"`log_ent_coef` cannot be set, because ent_coef={self.ent_coef!r} is neither tuned nor fixed; "
                 'load or create the model with ent_coef="auto".'
             )
-        self.temperature.log_ent_coef.fill_(float(th.as_tensor(value).detach()))
+        self.temperature.log_ent_coef.fill_(number)
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:

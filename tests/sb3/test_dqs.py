@@ -532,10 +532,21 @@ class TestNamesOfSac:
         model.learn(40)
         model.save(tmp_path / "model")
         assert float(model.ent_coef_tensor) == float(DQS.load(tmp_path / "model").ent_coef_tensor) == 0.25
-        with pytest.raises(AttributeError, match=r'`log_ent_coef` cannot be set, because ent_coef=0\.25 .* ent_coef="auto"'):
-            model.log_ent_coef = 0.0
+        model.log_ent_coef = math.log(0.125)  # tuned again
+        model.learn(40, reset_num_timesteps=False)
+        model.save(tmp_path / "model")
+        loaded = DQS.load(tmp_path / "model")
+        assert float(loaded.log_ent_coef) == float(model.log_ent_coef) == pytest.approx(math.log(0.125), abs=0.05)
+        scheduled = make_model(ent_coef="log_linear_1.0_0.01")
+        with pytest.raises(AttributeError, match=r"`log_ent_coef` cannot be set, because .* is neither tuned nor fixed"):
+            scheduled.log_ent_coef = 0.0
         with pytest.raises(ValueError, match=r"ent_coef=-1\.0 is not a temperature"):
             model.ent_coef_tensor = -1
+
+    def test_networks_of_the_mlp_critic_are_missed_with_the_replacement_named(self, make_model):
+        assert not hasattr(make_model().critic, "qf0") and make_model(policy_kwargs={"critic_class": "mlp"}).critic.qf0
+        with pytest.raises(AttributeError, match=r"no attribute 'qf1'; .*q_networks.*critic_class=\"mlp\""):
+            _ = make_model().critic.qf1
 
     def test_gaussian_is_missed_with_the_replacement_named(self, make_model):
         model = make_model()
