@@ -6,7 +6,7 @@ Entries of RL Zoo for DQS, beside those for SAC: trained by RL Zoo's own command
 Each run is ``python -m rl_zoo3.train`` with the entry of the algorithm, and a row of ``benchmarks/results/zoo.csv``: mean and
 standard deviation of the return over deterministic episodes of the last model, as in RL Zoo's ``benchmark.md``. A run that is
 there is not run again. Trained agents stay in ``--folder``, in RL Zoo's layout. Without ``--steps`` the entry's number of
-steps is run. ``--hyperparams`` overrides the entry, ``--tag`` names that in the table.
+steps is run, again if a shorter run is there. ``--hyperparams`` overrides the entry, ``--tag`` names that in the table.
 
 LunarLanderContinuous-v3 and BipedalWalker-v3 need ``pip install box2d``.
 """
@@ -16,12 +16,14 @@ import os
 import resource
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from common import RESULTS, append_rows, bootstrap_interval, iqm, print_provenance, print_table, read_rows, use_one_thread
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, create_test_env, get_latest_run_id, get_saved_hyperparams
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -38,6 +40,13 @@ def train(algo: str, env_id: str, seed: int, args: argparse.Namespace) -> Path:
     command += ["--hyperparams", *args.hyperparams] if args.hyperparams and algo == "dqs" else []
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return folder / algo / f"{env_id}_{get_latest_run_id(str(folder / algo), env_id)}"
+
+
+def steps_of_entry(algo: str, env_id: str) -> float:
+    """Number of steps of the entry that RL Zoo takes."""
+    config = ExperimentManager(argparse.Namespace(), algo, env_id, "", n_timesteps=-1).config
+    entries = yaml.safe_load(Path(config).read_text())
+    return float(entries.get(env_id, entries["default"])["n_timesteps"])
 
 
 def evaluate(algo: str, env_id: str, run: Path, n_episodes: int) -> tuple[list[float], int]:
@@ -103,15 +112,19 @@ def main() -> None:
     print_provenance()
     for package in args.gym_packages:
         __import__(package)
-    done = {(row["algo"], row["tag"], row["env_id"], int(row["seed"])) for row in read_rows(args.out)
-            if not args.steps or args.steps <= int(row["n_timesteps"])}  # fmt: skip
+    done = read_rows(args.out)
+
+    def is_done(algo: str, env_id: str, seed: int) -> bool:
+        key = (algo, args.tag if algo == "dqs" else "", env_id, str(seed))
+        steps = [int(row["n_timesteps"]) for row in done if (row["algo"], row["tag"], row["env_id"], row["seed"]) == key]
+        return max(steps, default=0) >= (args.steps or steps_of_entry(algo, env_id))
+
     jobs = [(algo, env_id, seed) for env_id in args.env for seed in args.seeds for algo in args.algos]
-    jobs = [job for job in jobs if (job[0], args.tag if job[0] == "dqs" else "", *job[1:]) not in done]
     if not args.report_only:
         with ThreadPoolExecutor(args.processes) as pool:
-            for row in pool.map(lambda job: measure(*job, args), jobs):
-                append_rows(args.out, [row])
-                print(f"done: {row}", flush=True)
+            for future in as_completed([pool.submit(measure, *job, args) for job in jobs if not is_done(*job)]):
+                append_rows(args.out, [future.result()])
+                print(f"done: {future.result()}", flush=True)
     report(read_rows(args.out))
 
 

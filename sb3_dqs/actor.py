@@ -1,6 +1,7 @@
 """The actor: a denoiser run backwards."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch as th
@@ -139,16 +140,28 @@ class Actor(BasePolicy):
         # The running average that deterministic actions come from, see follow(); in a list, because the policy saves it
         self._averages: list[RunningAverage] = []
         self.average_is_current = False
+        self._checked_version: int | None = None  # of the parameters, when that was found out
 
     def __getattr__(self, name: str) -> Any:
-        if name in GAUSSIAN_PARTS:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}': {NO_GAUSSIAN}")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in GAUSSIAN_PARTS:
+                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}': {NO_GAUSSIAN}") from error
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in GAUSSIAN_PARTS:
             raise AttributeError(f"`{name}` cannot be set: {NO_GAUSSIAN}")
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_checked_version": None}  # parameters of copies count anew
+
+    def _apply(self: SelfActor, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> SelfActor:
+        for average in self._averages:  # goes where the actor goes
+            average._apply(fn)
+        return super()._apply(fn, recurse)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -336,13 +349,14 @@ class Actor(BasePolicy):
         latents = self.mode_latent.expand(embedding.shape[0], -1)
         return th.tanh(find_mode(fast.denoiser(self, embedding), self.sigmas[0] * latents, self.sigmas))
 
-    def follow(self, average: RunningAverage) -> None:
+    def follow(self, average: RunningAverage | None) -> None:
         """
         Let deterministic actions come from a running average of this actor.
 
-        :param average: of its parameters
+        :param average: of its parameters; None for none
         """
-        self._averages[:] = [average]
+        self._averages = [] if average is None else [average]
+        self.average_is_current = self.average_is_current and average is not None
 
     def deterministic_actor(self) -> "Actor":
         """
@@ -351,17 +365,22 @@ class Actor(BasePolicy):
         :return: this one with its running average for parameters; itself if there is none, if something else than
             ``DQS.train()`` changed its parameters, and if gradients are to reach them
         """
-        is_exporting = th.jit.is_tracing() or getattr(th.compiler, "is_exporting", th.compiler.is_compiling)()
         if not self._averages:
             return self
-        if th.is_grad_enabled() and not is_exporting:
-            if not th.compiler.is_compiling() and self.average_is_current and self._averages[0].n_updates > 0:
+        is_compiling = th.compiler.is_compiling()
+        # torch before 2.7 cannot tell an export from a compilation
+        is_exported = getattr(th.compiler, "is_exporting", lambda: is_compiling and not th.is_grad_enabled())()
+        if th.jit.is_tracing() or is_exported:  # values cannot be compared
+            is_unchanged = is_compiling or self._checked_version in (None, self._count_changes())
+            self.average_is_current = self.average_is_current and is_unchanged
+        elif th.is_grad_enabled():
+            if not is_compiling and self.average_is_current and self._averages[0].n_updates > 0:
                 warn_once(
                     "Where gradients are enabled, deterministic actions are those of the actor's last update; predict() "
                     "uses its running average: call it under torch.no_grad() for the same actions."
                 )
             return self
-        if not is_exporting and not th.compiler.is_compiling():  # there, values cannot be compared
+        elif not is_compiling:
             try:
                 self.notice_changes()
             except RuntimeError:  # torch.func.vmap over the parameters
@@ -370,7 +389,18 @@ class Actor(BasePolicy):
 
     def notice_changes(self) -> None:
         """Find out whether the running average follows the parameters."""
-        self.average_is_current = bool(self._averages) and self._averages[0].is_current(self)
+        self.set_average_is_current(bool(self._averages) and self._averages[0].is_current(self))
+
+    def set_average_is_current(self, is_current: bool) -> None:
+        """
+        Say whether the running average follows the parameters as they are now.
+
+        :param is_current: whether it does
+        """
+        self.average_is_current, self._checked_version = is_current, self._count_changes()
+
+    def _count_changes(self) -> int:
+        return sum(param._version for param in self.parameters())
 
     def train(self: SelfActor, mode: bool = True) -> SelfActor:
         """
@@ -380,7 +410,8 @@ class Actor(BasePolicy):
         :param mode: whether to set training mode
         """
         super().train(mode)
-        self.notice_changes()
+        with contextlib.suppress(RuntimeError):  # parameters without values
+            self.notice_changes()
         return self
 
     def set_training_mode(self, mode: bool) -> None:

@@ -145,12 +145,15 @@ class BatchNormCritic(Critic):
         self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("qf") and name[2:].isdigit():
-            raise AttributeError(
-                f"'{type(self).__name__}' object has no attribute '{name}'; its networks are in q_networks, and normalise. "
-                'policy_kwargs=dict(critic_class="mlp") has those of SAC.'
-            )
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("qf") and name[2:].isdigit():
+                raise AttributeError(
+                    f"'{type(self).__name__}' object has no attribute '{name}'; its networks are in q_networks, and "
+                    'normalise. policy_kwargs=dict(critic_class="mlp") has those of SAC.'
+                ) from error
+            raise
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """

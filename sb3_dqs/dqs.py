@@ -743,16 +743,21 @@ class DQS(OffPolicyAlgorithm):
 
     @property
     def log_ent_coef(self) -> th.Tensor | None:
-        """Logarithm of a tuned temperature, shape (1,), a view that may be written to; None for others, as in SAC."""
-        return self.temperature.log_ent_coef.view(1) if isinstance(self.temperature, AutoTemperature) else None
+        """Logarithm of a tuned temperature, shape (1,), may be written to; None for others, as in SAC."""
+        return self.temperature.log_ent_coef if isinstance(self.temperature, AutoTemperature) else None
 
     @log_ent_coef.setter
     def log_ent_coef(self, value: th.Tensor | float) -> None:
         number = float(th.as_tensor(value).detach())
-        if isinstance(self.temperature, FixedTemperature):  # from now on tuned, as in SAC
-            target_entropy = read_target_entropy(self.target_entropy, self.actor.action_dim)
-            self.temperature = make_temperature("auto", target_entropy, self.actor.action_dim).to(self.device)
+        if not -80 < number < 80:  # float32
+            raise ValueError(
+                f"log_ent_coef={number} is not the logarithm of a temperature: pass a number such as math.log(0.1)."
+            )
+        if isinstance(self.temperature, FixedTemperature):
+            check_target_entropy(self.target_entropy, self.actor.action_dim)
+            self.temperature = make_temperature("auto", self.target_entropy, self.actor.action_dim).to(self.device)
             self.ent_coef = "auto"
+            warn_once("log_ent_coef: the temperature was fixed, and is tuned from here on; set ent_coef_tensor to fix it.")
         if not isinstance(self.temperature, AutoTemperature):
             raise AttributeError(
                 f"`log_ent_coef` cannot be set, because ent_coef={self.ent_coef!r} is neither tuned nor fixed; "
@@ -762,14 +767,17 @@ class DQS(OffPolicyAlgorithm):
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:
-        """The present temperature, 0-d. Setting it fixes the temperature at this value, as ``ent_coef=value`` does."""
+        """The present temperature, 0-d. Setting it to another value fixes it there, as ``ent_coef=value`` does."""
         return self.temperature(self._current_progress_remaining)
 
     @ent_coef_tensor.setter
     def ent_coef_tensor(self, value: th.Tensor | float) -> None:
         number = float(th.as_tensor(value).detach())
-        self.temperature = make_temperature(number).to(self.device)
-        self.ent_coef = number
+        if number == float(self.ent_coef_tensor) and not isinstance(self.temperature, FixedTemperature):
+            return  # only moved to another device, say
+        temperature = make_temperature(number).to(self.device)
+        vars(self)["target_entropy"] = self.target_entropy  # of a temperature of the user, perhaps
+        self.ent_coef, self.temperature = number, temperature
 
     @property
     def ent_coef_optimizer(self) -> None:

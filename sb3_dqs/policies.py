@@ -330,13 +330,14 @@ class DQSPolicy(BasePolicy):
         """Move the running average of the actor, if there is one; called after every update of the actor."""
         if self.actor_average is not None:
             self.actor_average.update(self.actor)
-            self.actor.average_is_current = True
+            self.actor.set_average_is_current(True)
 
     def restart_average(self) -> None:
-        """Begin the running average anew if something else changed the actor; called before updates."""
+        """Begin the running average anew if something else changed or replaced the actor; called before updates."""
+        self.actor.follow(self.actor_average)
         if self.actor_average is not None and not self.actor_average.is_current(self.actor):
             self.actor_average.restart(self.actor)
-            self.actor.average_is_current = False
+            self.actor.set_average_is_current(False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
@@ -360,6 +361,7 @@ class DQSPolicy(BasePolicy):
                               self.actor_average.state_dict(prefix=prefix).items())  # fmt: skip
             state_dict = others
         result = super().load_state_dict(state_dict, *args, **kwargs)
+        self.actor.follow(self.actor_average)
         self.actor.notice_changes()
         return result
 
@@ -440,6 +442,8 @@ class DQSPolicy(BasePolicy):
             values, best = self.critic.energy(observation)(actions).max(dim=1, keepdim=True)
             action = actions.gather(1, best.unsqueeze(2).expand(-1, 1, actions.shape[2])).squeeze(1)
             return action + 0 * values  # NaN where the values are not finite
+        if deterministic and type(self.actor).forward is not Actor.forward:
+            return self.actor.deterministic_actor()(observation, deterministic)
         return self.actor(observation, deterministic)
 
     @locked

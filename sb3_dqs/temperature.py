@@ -141,12 +141,12 @@ class AutoTemperature(Temperature):
         self.has_warned = False
         self.target_entropy, self.action_dim = target_entropy, action_dim
         self.gain, self.max_rise = gain, max_rise
-        self.register_buffer("log_ent_coef", th.tensor(math.log(initial)))
+        self.register_buffer("log_ent_coef", th.tensor([math.log(initial)]))  # of SAC's shape
         self.register_buffer("log_max", th.tensor(math.inf))
         self.mean_error = RunningMean(0.0, error_update_rate)
 
     def forward(self, progress_remaining: float) -> th.Tensor:
-        return self.log_ent_coef.exp()
+        return self.log_ent_coef.exp().squeeze()
 
     @th.no_grad()
     def update(self, entropy: th.Tensor, learning_rate: float) -> th.Tensor:
@@ -155,7 +155,7 @@ class AutoTemperature(Temperature):
         loss = self.log_ent_coef * gradient
         highest = th.maximum(self.log_ent_coef, self.log_max)
         self.log_ent_coef.copy_(th.minimum(self.log_ent_coef - learning_rate * gradient, highest))
-        return loss
+        return loss.squeeze()
 
     @th.no_grad()
     def bound(self, q_spread: th.Tensor) -> None:

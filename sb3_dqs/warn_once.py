@@ -20,9 +20,9 @@ def warn_once(message: str, key: str | None = None) -> None:
     """
     if (key or message) in warned_of:
         return
-    warned_of.add(key or message)
     packages = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in PACKAGES)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+    warned_of.add(key or message)  # only now: a filter may have made an error of it

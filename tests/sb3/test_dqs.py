@@ -385,6 +385,39 @@ class TestActor:
             itself = model.actor(obs, deterministic=True)
         assert not np.allclose(itself.detach(), expected, atol=1e-6)
 
+    @pytest.mark.parametrize("change", ["cloned", "loaded"])
+    def test_exported_without_eval_after_a_change_acts_itself(self, make_model, change):
+        model, other, obs = make_model(learning_rate=1e-2).learn(60), make_model(seed=1).learn(60), th.rand(8, 3)
+        if change == "cloned":
+            optimizer = th.optim.Adam(model.actor.parameters(), 1e-2)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model.actor(obs, deterministic=True).sum().backward()
+                optimizer.step()
+        else:
+            model.actor.load_state_dict(other.actor.state_dict())
+        with th.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer
+            traced = th.jit.trace(Deterministic(model.policy.actor), obs)
+            assert np.allclose(traced(obs), model.actor.mode(obs), atol=1e-5)
+        exported = th.export.export(Deterministic(model.policy.actor), (obs,)).module()
+        assert np.allclose(exported(obs).detach(), model.actor.mode(obs).detach(), atol=1e-5)
+
+    def test_replaced_begins_the_average_anew(self, make_model):
+        model, other, obs = make_model().learn(60), make_model(seed=1).learn(60), th.rand(8, 3)
+        model.policy.actor = model.actor = copy.deepcopy(other.policy.actor)
+        model.learn(40, reset_num_timesteps=False)
+        expected = model.policy.actor_average.stand_in(model.actor).mode(obs).detach()
+        assert 1 < model.policy.actor_average.n_updates < 30
+        assert np.allclose(model.policy.scale_action(model.predict(obs.numpy(), deterministic=True)[0]), expected, atol=1e-6)
+
+    def test_moved_without_its_policy_takes_the_average_along(self, make_model):
+        model = make_model().learn(60)
+        actor = copy.deepcopy(model.actor).double().eval()
+        with th.no_grad():
+            pairs = list(zip(actor.deterministic_actor().parameters(), model.policy.actor_average.values, strict=True))
+        assert all(mine.dtype == th.float64 and th.equal(mine.float(), its) for mine, its in pairs)
+
     def test_quantised_acts_as_its_last_update_does(self, make_model):
         model = make_model().learn(60)
         obs = th.rand(8, 3)
@@ -525,6 +558,9 @@ class TestNamesOfSac:
             assert float(model.log_ent_coef[0]) == pytest.approx(math.log(0.2))
         model.log_ent_coef.copy_(th.tensor([-0.7]))
         assert float(model.ent_coef_tensor) == pytest.approx(math.exp(-0.7))
+        model.log_ent_coef.data = th.tensor([-2.0])
+        assert float(model.ent_coef_tensor) == pytest.approx(math.exp(-2))
+        model.ent_coef_tensor = model.ent_coef_tensor.to("cpu")  # moved, and still tuned
         model.ent_coef_optimizer = None
         with pytest.warns(UserWarning, match=r"`ent_coef_optimizer` has no effect.*model\.log_ent_coef = "):
             model.ent_coef_optimizer = th.optim.Adam([th.nn.Parameter(th.zeros(1))])
@@ -537,6 +573,15 @@ class TestNamesOfSac:
         model.save(tmp_path / "model")
         loaded = DQS.load(tmp_path / "model")
         assert float(loaded.log_ent_coef) == float(model.log_ent_coef) == pytest.approx(math.log(0.125), abs=0.05)
+        for value in (math.nan, 1e3):
+            with pytest.raises(ValueError, match=r"log_ent_coef=.* is not the logarithm of a temperature"):
+                model.log_ent_coef = value
+        unreachable = make_model(ent_coef=0.1, target_entropy=5.0)
+        with pytest.raises(ValueError, match=r"target_entropy=5\.0 cannot be reached"):
+            unreachable.log_ent_coef = 0.0
+        own = make_model(ent_coef=AutoTemperature(0.5, -3.0, 1))
+        own.ent_coef_tensor, own.log_ent_coef = 0.1, -1.0
+        assert own.target_entropy == own.temperature.target_entropy == -3.0
         scheduled = make_model(ent_coef="log_linear_1.0_0.01")
         with pytest.raises(AttributeError, match=r"`log_ent_coef` cannot be set, because .* is neither tuned nor fixed"):
             scheduled.log_ent_coef = 0.0

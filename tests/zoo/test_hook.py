@@ -17,7 +17,6 @@ from gymnasium import spaces
 
 from sb3_dqs import DQS, MlpPolicy
 from sb3_dqs.checks import check_arguments, check_policy
-from sb3_dqs.dqs_paper import hyperparams as paper_hyperparams
 from sb3_dqs.rl_zoo import convert_dqs_params, get_hyperparams_path, register, sample_dqs_params
 
 HOOK = Path(__file__).parents[2] / "rl_zoo_hook"
@@ -255,37 +254,6 @@ def check(arguments: dict):
     assert set(arguments) <= set(inspect.signature(DQS).parameters)
     check_arguments(arguments)
     check_policy(MlpPolicy, arguments["policy_kwargs"], spaces.Box(-1, 1, (2,)))
-
-
-def check_entry(entry: dict):
-    assert {"n_timesteps", "policy"} <= set(entry)
-    arguments = {name: value for name, value in entry.items() if name not in ("n_timesteps", "normalize", "n_envs")}
-    arguments["policy_kwargs"] = eval(arguments.get("policy_kwargs", "{}"))
-    if isinstance(arguments.get("learning_rate"), str):
-        arguments["learning_rate"] = float(arguments["learning_rate"].removeprefix("lin_"))
-    check(arguments)
-
-
-@pytest.mark.parametrize("env_id", ENTRIES)
-def test_entries_are_arguments_of_dqs(env_id):
-    check_entry(ENTRIES[env_id])
-
-
-def test_entries_are_complete():
-    wanted = {f"{name}-v{version}" for name in MUJOCO for version in (4, 5)}
-    wanted |= {"default", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"}
-    assert wanted <= set(ENTRIES)
-    for name in MUJOCO:
-        assert ENTRIES[f"{name}-v4"] == ENTRIES[f"{name}-v5"]
-
-
-def test_paper_setting():
-    assert set(paper_hyperparams) == set(ENTRIES)
-    for entry in paper_hyperparams.values():
-        assert (entry["denoiser_target"], entry["n_mc_samples"], entry["backup"]) == ("energy_gradient", 1000, "hard")
-        assert entry["ent_coef"].startswith("log_linear") and not entry["use_sde"]
-        check_entry(entry)
-    assert paper_hyperparams["Swimmer-v5"]["gamma"] == ENTRIES["Swimmer-v5"]["gamma"]
 
 
 # --- search space
