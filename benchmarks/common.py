@@ -23,6 +23,13 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "gymnasium", "mujoco")
 
 
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
 @cache
 def provenance() -> dict[str, str]:
     """Commit, versions, processor, and whether the processor multiplies bfloat16 matrices in hardware."""
@@ -33,7 +40,7 @@ def provenance() -> dict[str, str]:
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
         "commit": (commit or "unknown") + ("+" if is_changed else ""),
-        "versions": " ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "versions": " ".join(f"{name} {version_of(name)}" for name in PACKAGES),
         "python": platform.python_version(),
         "processor": models[0] if models else platform.processor() or platform.machine(),
         "bfloat16": str(any(flag in cpuinfo for flag in ("amx_bf16", "avx512_bf16"))),
