@@ -81,12 +81,12 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_target_entropy(value: Any) -> bool:
-    if not isinstance(value, str) or value == "auto":
-        return isinstance(value, str) or _is_real(value)
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
+    if isinstance(value, str) and value != "auto":
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    return isinstance(value, str) or _is_real(value)
 
 
 def _plain(value: Any) -> Any:

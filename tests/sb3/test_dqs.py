@@ -185,14 +185,14 @@ def both_actions(model: DQS, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
 
 
 class Deterministic(th.nn.Module):
-    """As SB3's page on export wraps an actor."""
+    """As SB3's page on export wraps an actor; or a policy."""
 
-    def __init__(self, actor):
+    def __init__(self, policy):
         super().__init__()
-        self.actor = actor
+        self.policy = policy
 
     def forward(self, obs):
-        return self.actor(obs, deterministic=True)
+        return self.policy(obs, deterministic=True)
 
 
 class TestActor:
@@ -497,16 +497,7 @@ class TestActor:
         if change_by_hand:
             for param in model.actor.parameters():
                 param.data.mul_(1.1)
-
-        class Deterministic(th.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.policy = model.policy
-
-            def forward(self, obs):
-                return self.policy(obs, deterministic=True)
-
-        module = Deterministic().eval()
+        module = Deterministic(model.policy).eval()
         with th.no_grad():
             traced = th.jit.trace(module, th.as_tensor(obs))
         exported = th.export.export(module, (th.as_tensor(obs),)).module()

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import optuna
 import pytest
-import yaml
 from gymnasium import spaces
 
 from sb3_dqs import DQS, MlpPolicy
@@ -20,8 +19,6 @@ from sb3_dqs.checks import check_arguments, check_policy
 from sb3_dqs.rl_zoo import convert_dqs_params, get_hyperparams_path, register, sample_dqs_params
 
 HOOK = Path(__file__).parents[2] / "rl_zoo_hook"
-ENTRIES = yaml.safe_load(get_hyperparams_path().read_text())
-MUJOCO = "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum".split()
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from sb3_dqs.warn_once import warned_of
 
 ENTRIES = yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8"))
 ENTRIES_OF_SAC = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml").read_text())
-MUJOCO = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "Swimmer", "Reacher", "Pusher", "InvertedPendulum",
-          "InvertedDoublePendulum")  # fmt: skip
+MUJOCO = "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum".split()
 OF_THE_ZOO = ("n_timesteps", "normalize", "env_wrapper", "n_envs", "policy")
 
 
@@ -55,6 +54,10 @@ def test_entry_makes_a_model(env_id):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model(ENTRIES[env_id])
+
+
+def test_the_paper_has_the_same_environments():
+    assert set(ENTRIES_OF_THE_PAPER) == set(ENTRIES)
 
 
 @pytest.mark.parametrize("env_id", ENTRIES)
