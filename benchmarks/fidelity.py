@@ -129,10 +129,9 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
             loss, metrics = model.actor_loss(obs, ent_coef)
             n_targets.append(round(model.own_share * BATCH_SIZE) * model.n_draws)
         else:
-            embedding = model.actor.embed(obs)
             with th.no_grad():
-                next_u, _ = model.actor.draw(embedding)
-            loss, metrics = model.next_actor_loss(obs, embedding, next_u, dones, ent_coef)
+                next_u, _ = model.actor.draw(model.actor.embed(obs))
+            loss, metrics = model.next_actor_loss(obs, next_u, dones, ent_coef)
             n_targets.append(round(model.next_share * BATCH_SIZE) * model.n_copies)
         ess.append(float(metrics.get("ess", np.nan)))
         return loss

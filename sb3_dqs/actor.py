@@ -14,6 +14,7 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.averaging import RunningAverage
+from sb3_dqs.batch_norm import BatchNorm
 from sb3_dqs.density import PathDensity, log_det_tanh, trace_steps
 from sb3_dqs.noise import NoiseLevels, c_in, c_noise, c_out, c_skip
 from sb3_dqs.solvers import Solver, dpm_solver_2m, find_mode, invert, mode_latent
@@ -43,6 +44,9 @@ class Actor(BasePolicy):
         D(s, x, sigma) = m + c_skip(sigma, v) (x - m) + c_out(sigma, v) F(s, c_in(sigma, v) (x - m), c_noise(sigma))
 
     The Gaussian follows a learning critic as fast as SAC's does; the residual makes the policy any distribution.
+
+    The features of the observation are normalised by their running means, and pass a layer with layer normalisation, as wide
+    as the first of ``net_arch``, before they enter both networks: see docs/results.md, Tracking, for what this gives.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -108,9 +112,14 @@ class Actor(BasePolicy):
         # Precision of the sampler's hidden layers in training, see fast.training_dtype(); None is that of the weights
         self.training_dtype: th.dtype | None = None
 
-        # The first layer is a sum of three: its observation part is computed once for all levels and all samples
+        # The features are normalised, and pass a layer of their own, so that the actor learns as fast as the critic
+        self.input_norm = BatchNorm(features_dim, eps=1e-3, momentum=0.01, warm_up=10.0)
+        self.encoder = nn.Sequential()
+        if len(net_arch) > 0:
+            self.encoder.extend([nn.Linear(features_dim, net_arch[0]), nn.LayerNorm(net_arch[0]), activation_fn()])
+        # The next layer is a sum of three: its observation part is computed once for all levels and all samples
         width = net_arch[0] if len(net_arch) > 0 else self.action_dim
-        self.embed_features = nn.Linear(features_dim, width)
+        self.embed_features = nn.Linear(net_arch[0] if len(net_arch) > 0 else features_dim, width)
         self.embed_action = nn.Linear(self.action_dim, width, bias=False)
         self.embed_level = nn.Linear(2 * n_frequencies, width, bias=False)
         if len(net_arch) > 0:
@@ -201,14 +210,19 @@ class Actor(BasePolicy):
             raise ValueError("reset_noise() is only available with use_sde=True, and this actor was built with use_sde=False.")
         self.held_latents = th.randn(batch_size, self.action_dim, device=self.device)
 
-    def embed(self, obs: PyTorchObs) -> th.Tensor:
+    def embed(self, obs: PyTorchObs, observe: bool = False) -> th.Tensor:
         """
         What the denoiser needs of the observation; see ``split()``.
 
         :param obs: Observation
+        :param observe: whether these observations move the running means that normalise the features, as in updates of the
+            actor
         :return: shape (batch_size, width of the first layer + 2 * action_dim)
         """
-        hidden = self.embed_features(self.extract_features(obs, self.features_extractor))
+        features = self.extract_features(obs, self.features_extractor)
+        if observe and self.input_norm.weight.requires_grad:  # not frozen
+            self.input_norm.observe(features)
+        hidden = self.embed_features(self.encoder(self.input_norm(features)))
         gaussian = self.gaussian(hidden)
         # Slices, because torch 2.13 makes invalid nodes of chunk() and split() in ONNX of version 17
         mean, log_scale = gaussian[..., : self.action_dim], gaussian[..., self.action_dim :]

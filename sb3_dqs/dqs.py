@@ -335,13 +335,8 @@ class DQS(OffPolicyAlgorithm):
 
             # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s').
             # A critic without a target network, as the default, is its own Q_target
-            updates_actor = self._n_updates % self.policy_delay == 0
-            n_actor_updates = self._n_updates // self.policy_delay
-            learns_at_next = updates_actor and not self.draws_own_actions(n_actor_updates, replay_data.dones)
-            with th.set_grad_enabled(learns_at_next):
-                next_embedding = self.actor.embed(next_obs)
             with th.no_grad():
-                next_u, next_log_prob = self.actor.draw(next_embedding)
+                next_u, next_log_prob = self.actor.draw(self.actor.embed(next_obs))
                 # entropy term
                 bonus = -ent_coef * next_log_prob.unsqueeze(1) if self.backup == "soft" else 0.0
             make_targets = partial(td_targets, replay_data.rewards, (1 - replay_data.dones) * discounts, bonus)
@@ -355,9 +350,12 @@ class DQS(OffPolicyAlgorithm):
 
             # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps.
             # At s' with the actions of the critics' target, or at s with actions drawn for it
+            updates_actor = self._n_updates % self.policy_delay == 0
+            n_actor_updates = self._n_updates // self.policy_delay
+            learns_at_next = updates_actor and not self.draws_own_actions(n_actor_updates, replay_data.dones)
             if updates_actor:
                 if learns_at_next:
-                    actor_loss, metrics = self.next_actor_loss(next_obs, next_embedding, next_u, replay_data.dones, ent_coef)
+                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, replay_data.dones, ent_coef)
                 else:
                     actor_loss, metrics = self.actor_loss(obs, ent_coef)
                 if actor_loss.requires_grad:  # some parameter of the actor is not frozen
@@ -431,7 +429,7 @@ class DQS(OffPolicyAlgorithm):
         """
         n_states = min(max(math.ceil(self.own_share * count(obs)), 2), count(obs))  # batch normalisation needs two
         obs = select(obs, th.randperm(count(obs), device=self.device)[:n_states])
-        embedding = self.actor.embed(obs).unsqueeze(1)
+        embedding = self.actor.embed(obs, observe=True).unsqueeze(1)
         with th.no_grad():
             latents = th.randn(n_states, self.n_draws, self.actor.action_dim, device=self.device)
             u = self.actor.training_sample(embedding, latents)
@@ -454,7 +452,6 @@ class DQS(OffPolicyAlgorithm):
     def next_actor_loss(
         self,
         next_obs: PyTorchObs,
-        next_embedding: th.Tensor,
         next_u: th.Tensor,
         dones: th.Tensor,
         ent_coef: th.Tensor | float,
@@ -465,7 +462,6 @@ class DQS(OffPolicyAlgorithm):
         weight 0.
 
         :param next_obs: next observations
-        :param next_embedding: what ``actor.embed()`` returned for them, with gradients
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
         :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
         :param ent_coef: temperature
@@ -478,8 +474,9 @@ class DQS(OffPolicyAlgorithm):
         # No action follows where an episode ends: these rows are last, and have no weight
         order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
         rows = order[: math.ceil(self.next_share * len(next_u))]
-        embedding, u = next_embedding[rows].unsqueeze(1), next_u[rows].unsqueeze(1)
-        errors, metrics = self._denoising_errors(select(next_obs, rows), embedding, u, self.n_copies, estimator, ent_coef)
+        next_obs, u = select(next_obs, rows), next_u[rows].unsqueeze(1)
+        embedding = self.actor.embed(next_obs, observe=True).unsqueeze(1)
+        errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
         is_followed = (1 - dones[rows]).expand_as(errors)
         return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics
 

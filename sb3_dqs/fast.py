@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from sb3_dqs import noise
+from sb3_dqs.batch_norm import BatchNorm
 
 if TYPE_CHECKING:
     from sb3_dqs.actor import Actor
@@ -198,8 +199,6 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     :param net: the network
     :return: a network of the same function; ``net`` itself if it is no plain sequence of such pairs
     """
-    from sb3_dqs.batch_norm_critic import BatchNorm  # circular
-
     if not is_plain(net, nn.Sequential):
         return net
     layers: list[nn.Module] = []

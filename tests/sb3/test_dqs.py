@@ -270,7 +270,7 @@ class TestActor:
         obs, u = th.rand(6, 3), th.randn(6, 1)
         for n_ends in (0, 3, 6):
             dones = (th.arange(6) >= 6 - n_ends).float().unsqueeze(1)
-            loss, _ = model.next_actor_loss(obs, model.actor.embed(obs), u, dones, 0.2)
+            loss, _ = model.next_actor_loss(obs, u, dones, 0.2)
             density, draws = model.target_estimator.for_next_states.seen[-1]
             rows = (density.obs.unsqueeze(1) == obs).all(dim=2).float().argmax(dim=1)
             errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)[rows < 6 - n_ends]
@@ -290,7 +290,7 @@ class TestActor:
     def test_next_states_need_an_estimator_for_them(self, make_model):
         model, obs = make_model(denoiser_target="energy_gradient").learn(25), th.rand(6, 3)
         with pytest.raises(ValueError, match="for_next_states"):
-            model.next_actor_loss(obs, model.actor.embed(obs), th.randn(6, 1), th.zeros(6, 1), 0.2)
+            model.next_actor_loss(obs, th.randn(6, 1), th.zeros(6, 1), 0.2)
 
     def test_draws_actions_of_its_own_as_often_as_episodes_begin(self, make_model):
         model = make_model(denoiser_target=TwoRecorders(), own_draws_freq=8)

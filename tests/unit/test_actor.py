@@ -1,5 +1,6 @@
 """The actor: its denoiser, what it draws and the densities, against closed forms."""
 
+import copy
 import functools
 import math
 
@@ -39,6 +40,7 @@ class TestDenoiser:
         actor.embed_features.weight.copy_(th.tensor([[1, 2, 3]]))
         actor.embed_action.weight.fill_(5)
         actor.embed_level.weight.copy_(th.tensor([[7, 11, 13, 17]]))
+        actor.input_norm.weight.copy_((1 + actor.input_norm.eps) ** 0.5 * th.ones(3))  # the features as they are
         obs, x, sigma = th.randn(4, 3), th.randn(4, 1), th.tensor([0.03, 0.4, 2.0, 20.0]).unsqueeze(1)
         phase = sigma.log() / 4
         output = obs @ th.tensor([[1.0], [2.0], [3.0]]) + 5 * x / (sigma**2 + 0.25).sqrt()
@@ -54,6 +56,32 @@ class TestDenoiser:
         denoised = actor.denoise(embedding.unsqueeze(1), x, sigma)
         for k in range(7):
             assert th.allclose(denoised[:, k], actor.denoise(embedding, x[:, k], sigma[:, k]), atol=1e-6)
+
+
+class TestObservations:
+    def test_of_any_scale_are_the_same_to_it(self):
+        actor, scaled, scale = make_actor(), make_actor(), th.tensor([0.01, 1000, 1])
+        scaled.load_state_dict(actor.state_dict())
+        obs, shift = th.randn(2_000, 3) + 1, th.tensor([0, -5000, 3])
+        actor.input_norm.eps = scaled.input_norm.eps = 1e-9
+        for batch in obs.split(20):
+            actor.embed(batch, observe=True)
+            scaled.embed(scale * batch + shift, observe=True)
+        expected = actor.embed(obs)
+        assert th.allclose(scaled.embed(scale * obs + shift), expected, atol=0.01) and expected.std(dim=0).max() > 0.1
+
+    def test_move_its_statistics_only_in_updates(self):
+        actor, obs = make_actor(), th.randn(20, 3)
+        before = copy.deepcopy(actor.state_dict())
+        actor.embed(obs)
+        assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
+        actor.embed(obs, observe=True)
+        mean, var = actor.input_norm.running_mean, actor.input_norm.running_var
+        rate = 10 / 11  # of the first batch
+        assert th.allclose(mean, rate * obs.mean(dim=0), atol=1e-6)
+        assert th.allclose(var, 1 + rate * (obs.var(dim=0) - 1), atol=1e-5)
+        actor.embed(obs[:1], observe=True)  # one row has no variance
+        assert th.equal(actor.input_norm.running_mean, mean)
 
 
 class TestSampler:

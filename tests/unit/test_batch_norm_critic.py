@@ -12,7 +12,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_dqs import DQS, fast
-from sb3_dqs.batch_norm_critic import BatchNorm, BatchNormCritic, training_pass
+from sb3_dqs.batch_norm import BatchNorm
+from sb3_dqs.batch_norm_critic import BatchNormCritic, training_pass
 
 OBS, ACTIONS = spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
 
@@ -108,9 +109,14 @@ def test_energy_is_the_mean_of_the_averaged_networks_by_their_running_statistics
     assert th.autograd.grad(values.sum(), actions)[0].all()
 
 
-@pytest.mark.parametrize("rate", [0.25, 1])
-def test_averages_follow_the_networks_and_are_not_learned(rate):
-    critic = make_critic(averaging_rate=rate)
+@pytest.mark.parametrize(
+    ("lowest", "n_updates", "rate"), [(0.25, 1_000, 0.25), (1, 1_000, 1), (0.001, 0, 1), (0.001, 380, 0.05)]
+)
+def test_averages_follow_the_networks_and_are_not_learned(lowest, n_updates, rate):
+    critic = make_critic(averaging_rate=lowest)
+    critic.q_networks[0][0].n_batches = n_updates
+    for parameter in critic.averaged_networks.parameters():
+        parameter.mul_(2)
     assert not any(parameter.requires_grad for parameter in critic.averaged_networks.parameters())
     before, networks = (copy.deepcopy(module).state_dict() for module in (critic.averaged_networks, critic.q_networks))
     critic.td_loss(critic, *batch(8), lambda values: values).backward()
