@@ -28,6 +28,8 @@ NO_GAUSSIAN = (
 )
 # The Gaussian's standard deviation lies between sigma_data / 30 = 0.03, the least noise, and 30 sigma_data
 MAX_LOG_SCALE = 3.4
+# Features are cut at this absolute value, so that their squares stay finite in single precision
+MAX_FEATURE = 1e15
 
 
 SelfActor = TypeVar("SelfActor", bound="Actor")
@@ -46,7 +48,7 @@ class Actor(BasePolicy):
     The Gaussian follows a learning critic as fast as SAC's does; the residual makes the policy any distribution.
 
     The features of the observation are normalised by their running means, and pass a layer with layer normalisation, as wide
-    as the first of ``net_arch``, before they enter both networks: see docs/results.md, Tracking, for what this gives.
+    as the first of ``net_arch``, before they enter both networks: see docs/results.md, "What lets the actor follow".
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -112,11 +114,14 @@ class Actor(BasePolicy):
         # Precision of the sampler's hidden layers in training, see fast.training_dtype(); None is that of the weights
         self.training_dtype: th.dtype | None = None
 
-        # The features are normalised, and pass a layer of their own, so that the actor learns as fast as the critic
-        self.input_norm = BatchNorm(features_dim, eps=1e-3, momentum=0.01, warm_up=10.0)
+        # The features are normalised, and pass one more layer: see docs/results.md, "What lets the actor follow"
+        self.input_norm = BatchNorm(features_dim)
         self.encoder = nn.Sequential()
         if len(net_arch) > 0:
-            self.encoder.extend([nn.Linear(features_dim, net_arch[0]), nn.LayerNorm(net_arch[0]), activation_fn()])
+            self.encoder.append(nn.Linear(features_dim, net_arch[0]))
+            if net_arch[0] > 3:  # of few numbers, layer normalisation leaves little more than signs
+                self.encoder.append(nn.LayerNorm(net_arch[0]))
+            self.encoder.append(activation_fn())
         # The next layer is a sum of three: its observation part is computed once for all levels and all samples
         width = net_arch[0] if len(net_arch) > 0 else self.action_dim
         self.embed_features = nn.Linear(net_arch[0] if len(net_arch) > 0 else features_dim, width)
@@ -210,17 +215,18 @@ class Actor(BasePolicy):
             raise ValueError("reset_noise() is only available with use_sde=True, and this actor was built with use_sde=False.")
         self.held_latents = th.randn(batch_size, self.action_dim, device=self.device)
 
-    def embed(self, obs: PyTorchObs, observe: bool = False) -> th.Tensor:
+    def embed(self, obs: PyTorchObs) -> th.Tensor:
         """
-        What the denoiser needs of the observation; see ``split()``.
+        What the denoiser needs of the observation; see ``split()``. In training mode, where gradients are enabled, the
+        observations move the running means that normalise the features.
 
         :param obs: Observation
-        :param observe: whether these observations move the running means that normalise the features, as in updates of the
-            actor
         :return: shape (batch_size, width of the first layer + 2 * action_dim)
         """
-        features = self.extract_features(obs, self.features_extractor)
-        if observe and self.input_norm.weight.requires_grad:  # not frozen
+        features = self.extract_features(obs, self.features_extractor).clamp(-MAX_FEATURE, MAX_FEATURE)
+        is_exported = th.jit.is_tracing() or th.compiler.is_compiling()
+        is_trained = self.training and th.is_grad_enabled() and self.input_norm.weight.requires_grad
+        if is_trained and not is_exported:
             self.input_norm.observe(features)
         hidden = self.embed_features(self.encoder(self.input_norm(features)))
         gaussian = self.gaussian(hidden)
@@ -235,7 +241,7 @@ class Actor(BasePolicy):
         The parts of what ``embed()`` returned.
 
         :param embedding: shape (..., width + 2 * action_dim)
-        :return: the observation's part of the first layer of the residual, shape (..., width); mean and standard deviation of
+        :return: the observation's part of the sum that enters the residual, shape (..., width); mean and standard deviation of
             the Gaussian, shape (..., action_dim)
         """
         d = self.action_dim

@@ -12,15 +12,16 @@ class BatchNorm(nn.Module):
     the running means.
 
     :param size: number of features
-    :param eps: added to the variances
-    :param momentum: least rate of the running means
-    :param warm_up: the n-th batch, counted from 1, moves them at the rate ``max(momentum, warm_up / (n + warm_up))``
+    :param eps: added to the variances; CrossQ's value
+    :param momentum: least rate of the running means; CrossQ's value
+    :param warm_up: the n-th batch, counted from 1, moves them at the rate ``max(momentum, warm_up / (n + warm_up))``; not
+        measured
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
 
-    def __init__(self, size: int, eps: float, momentum: float, warm_up: float):
+    def __init__(self, size: int, eps: float = 1e-3, momentum: float = 0.01, warm_up: float = 10.0):
         super().__init__()
         self.eps, self.momentum, self.warm_up = eps, momentum, warm_up
         self.weight, self.bias = nn.Parameter(th.ones(size)), nn.Parameter(th.zeros(size))

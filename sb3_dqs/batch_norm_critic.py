@@ -151,9 +151,9 @@ class BatchNormCritic(Critic):
         next_actions: th.Tensor,
         make_targets: MakeTargets,
     ) -> th.Tensor:
-        n_updates = 1 + self.q_networks[0][0].n_batches  # type: ignore[index]
-        # What the last update made of the networks
-        rate = averaging.averaging_rate(n_updates, self.averaging_rate)
+        # The averages take up what the last update made of the networks
+        n_updates = max((layer.n_batches for layer in self.modules() if isinstance(layer, BatchNorm)), default=math.inf)
+        rate = averaging.averaging_rate(max(n_updates, 0) + 1, self.averaging_rate)
         averaging.update_average(self.averaged_networks, self.q_networks, rate)
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])

@@ -421,7 +421,7 @@ class DQS(OffPolicyAlgorithm):
         """
         Denoising loss of the actor at random observations of a batch, a share ``own_share`` of them. It draws ``n_draws``
         actions per observation, noises each once, and regresses the denoiser on the estimator's targets.
-        Moves the running means of the estimator.
+        Moves the running means of the estimator and, in training mode, those of the actor's features.
 
         :param obs: Observation
         :param ent_coef: temperature
@@ -429,7 +429,7 @@ class DQS(OffPolicyAlgorithm):
         """
         n_states = min(max(math.ceil(self.own_share * count(obs)), 2), count(obs))  # batch normalisation needs two
         obs = select(obs, th.randperm(count(obs), device=self.device)[:n_states])
-        embedding = self.actor.embed(obs, observe=True).unsqueeze(1)
+        embedding = self.actor.embed(obs).unsqueeze(1)
         with th.no_grad():
             latents = th.randn(n_states, self.n_draws, self.actor.action_dim, device=self.device)
             u = self.actor.training_sample(embedding, latents)
@@ -473,9 +473,10 @@ class DQS(OffPolicyAlgorithm):
             raise ValueError("next_actor_loss() needs an estimator whose `for_next_states` is not None; use actor_loss().")
         # No action follows where an episode ends: these rows are last, and have no weight
         order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
-        rows = order[: math.ceil(self.next_share * len(next_u))]
+        n_states = min(max(math.ceil(self.next_share * len(next_u)), 2), len(next_u))  # batch normalisation needs two
+        rows = order[:n_states]
         next_obs, u = select(next_obs, rows), next_u[rows].unsqueeze(1)
-        embedding = self.actor.embed(next_obs, observe=True).unsqueeze(1)
+        embedding = self.actor.embed(next_obs).unsqueeze(1)
         errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
         is_followed = (1 - dones[rows]).expand_as(errors)
         return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics

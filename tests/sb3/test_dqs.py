@@ -283,7 +283,8 @@ class TestActor:
         model.critic.optimizer.step = lambda: (
             critic_step(), gradients.extend(param.grad.clone() for param in model.critic.q_networks.parameters()))  # fmt: skip
         model.train(1, 64)
-        parts = (model.actor.embed_features, model.actor.embed_action, model.actor.gaussian, model.actor.net)
+        names = ("input_norm", "encoder", "embed_features", "embed_action", "gaussian", "net")
+        parts = [getattr(model.actor, name) for name in names]
         assert all(any(param.grad.any() for param in part.parameters()) for part in parts)
         assert same(gradients, [param.grad for param in model.critic.q_networks.parameters()])
 
@@ -369,6 +370,33 @@ class TestActor:
             assert np.abs(model.predict(obs.numpy(), deterministic=True)[0] / 2 - 0.5).mean() < 0.1
             model.learn(60)
 
+    def test_clone_outlives_the_first_losses(self, make_model):
+        """The statistics that normalise the features are those of the demonstrations."""
+        model = make_model().learn(30)
+        policy = make_model(seed=3).policy
+        policy.set_training_mode(True)
+        obs = model.replay_buffer.sample(64).observations
+        optimizer = th.optim.Adam(policy.actor.parameters(), 1e-2)
+        for _ in range(300):
+            loss = (policy.actor.mode(obs) - obs[:, :1]).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        error = (policy.actor.mode(obs) - obs[:, :1]).pow(2).mean()
+        model.policy.load_state_dict(policy.state_dict())
+        model.policy.set_training_mode(True)
+        model.actor_loss(model.replay_buffer.sample(64).observations, 0.2)
+        assert (model.actor.mode(obs) - obs[:, :1]).pow(2).mean() < error + 0.01 < 0.05
+
+    @pytest.mark.parametrize("kwargs", [{"batch_size": 2}, {"batch_size": 16, "next_share": 0.01, "own_share": 0.01}])
+    def test_never_learns_from_a_single_row(self, make_model, kwargs):
+        class Norm(th.nn.Module):
+            def forward(self, x):
+                assert len(x) > 1 or not th.is_grad_enabled()
+                return x.relu()
+
+        make_model(policy_kwargs={"activation_fn": Norm}, **kwargs).learn(60)
+
     def test_called_by_itself_acts_as_predict_does(self, make_model):
         model = make_model().learn(60)
         obs = th.rand(8, 3)
@@ -399,9 +427,10 @@ class TestActor:
         with th.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer
             traced = th.jit.trace(Deterministic(model.policy.actor), obs)
-            assert np.allclose(traced(obs), model.actor.mode(obs), atol=1e-5)
+            expected = model.actor.mode(obs)
+            assert np.allclose(traced(obs), expected, atol=1e-5)
         exported = th.export.export(Deterministic(model.policy.actor), (obs,)).module()
-        assert np.allclose(exported(obs).detach(), model.actor.mode(obs).detach(), atol=1e-5)
+        assert np.allclose(exported(obs).detach(), expected, atol=1e-5)
 
     def test_replaced_begins_the_average_anew(self, make_model):
         model, other, obs = make_model().learn(60), make_model(seed=1).learn(60), th.rand(8, 3)

@@ -30,6 +30,7 @@ ZEROS = np.zeros(3, np.float32)
         *[("net.1.bias", value) for value in (NAN, INF, -INF)],
         *[("gaussian.1.bias", value) for value in (NAN, INF, -INF)],
         *[("embed_features.weight", value) for value in (NAN, INF)],
+        *[(name, NAN) for name in ("input_norm.bias", "encoder.0.weight")],
     ],
 )
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -65,7 +65,8 @@ class TestArchitecture:
     @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
     def test_net_arch_and_activation(self, make_model, net_arch, actor_widths, critic_widths, activation_fn):
         model = make_model(policy_kwargs={"net_arch": net_arch, "activation_fn": activation_fn}).learn(40)
-        # The actor's first layer is the sum of three
+        assert [layer.out_features for layer in model.actor.encoder if isinstance(layer, nn.Linear)] == actor_widths[:-1][:1]
+        # The actor's next layer is the sum of three
         nets = ([model.actor.embed_features, *model.actor.net], actor_widths), (model.critic.q_networks[1], critic_widths)
         for net, widths in nets:
             assert [layer.out_features for layer in net if isinstance(layer, nn.Linear)] == widths
@@ -208,10 +209,11 @@ class TestModulesOfUsers:
         assert not th.equal(before, actors.linear.weight)
         modes = [net.modes[n:] for net, n in zip((actors, critics, targets), n_modes, strict=True)]
         if share:
-            # The next observations, critic.loss, those of actions of its own, and energies: of candidates, of u, their spread
-            assert modes[0] == [True, True, True, False, False, False, True, True, False] * 2
+            # The next observations, critic.loss, those that the actor learns from, and energies: of candidates, of u, their
+            # spread; at next states only of u
+            assert modes[0] == [True, True, True, False, False, False, True, True, True, False] * 2
         else:
-            assert modes[0] == [True, True, True] * 2 and modes[1] == [True, False, False, False, True, False] * 2
+            assert modes[0] == [True] * 8 and modes[1] == [True, False, False, False, True, False] * 2
         assert modes[2] == [False] * 4
         model.predict(np.zeros(3, np.float32))
         assert not actors.modes[-1]

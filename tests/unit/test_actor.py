@@ -59,29 +59,45 @@ class TestDenoiser:
 
 
 class TestObservations:
-    def test_of_any_scale_are_the_same_to_it(self):
-        actor, scaled, scale = make_actor(), make_actor(), th.tensor([0.01, 1000, 1])
+    def test_are_normalised(self):
+        """Shifted and scaled observations give the same embedding, down to standard deviations of sqrt(eps)."""
+        actor, scaled, scale = make_actor().train(), make_actor().train(), th.tensor([2, 1000, 1])
         scaled.load_state_dict(actor.state_dict())
         obs, shift = th.randn(2_000, 3) + 1, th.tensor([0, -5000, 3])
-        actor.input_norm.eps = scaled.input_norm.eps = 1e-9
-        for batch in obs.split(20):
-            actor.embed(batch, observe=True)
-            scaled.embed(scale * batch + shift, observe=True)
+        with th.enable_grad():
+            for batch in obs.split(20):
+                actor.embed(batch)
+                scaled.embed(scale * batch + shift)
         expected = actor.embed(obs)
         assert th.allclose(scaled.embed(scale * obs + shift), expected, atol=0.01) and expected.std(dim=0).max() > 0.1
 
-    def test_move_its_statistics_only_in_updates(self):
-        actor, obs = make_actor(), th.randn(20, 3)
+    def test_move_its_statistics_only_in_training_and_with_gradients(self):
+        actor, obs = make_actor().train(), th.randn(20, 3)
         before = copy.deepcopy(actor.state_dict())
         actor.embed(obs)
-        assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
-        actor.embed(obs, observe=True)
-        mean, var = actor.input_norm.running_mean, actor.input_norm.running_var
+        with th.enable_grad():
+            actor.eval().embed(obs)
+            actor.train().embed(obs[:1])  # one row has no variance
+            actor.input_norm.requires_grad_(False)
+            actor.embed(obs)
+            assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
+            actor.input_norm.requires_grad_(True)
+            actor.embed(obs)
         rate = 10 / 11  # of the first batch
-        assert th.allclose(mean, rate * obs.mean(dim=0), atol=1e-6)
-        assert th.allclose(var, 1 + rate * (obs.var(dim=0) - 1), atol=1e-5)
-        actor.embed(obs[:1], observe=True)  # one row has no variance
-        assert th.equal(actor.input_norm.running_mean, mean)
+        assert th.allclose(actor.input_norm.running_mean, rate * obs.mean(dim=0), atol=1e-6)
+        assert th.allclose(actor.input_norm.running_var, 1 + rate * (obs.var(dim=0) - 1), atol=1e-5)
+
+    def test_as_large_as_single_precision_holds_give_finite_embeddings(self):
+        actor = make_actor(net_arch=(256, 256)).train()
+        for size in (1e20, 1e38):
+            with th.enable_grad():
+                actor.embed(size * th.tensor([[1.0, -1, 1], [-1, 1, 0]]))
+            assert actor.embed(size * th.tensor([[1.0, -1, 1]])).isfinite().all()
+            assert all(buffer.isfinite().all() for buffer in actor.buffers())
+
+    @pytest.mark.parametrize("width", [1, 2, 64])
+    def test_matter_at_any_width(self, width):
+        assert make_actor(net_arch=(width, 8), activation_fn=nn.Tanh).embed(th.randn(50, 3)).std(dim=0).min() > 1e-4
 
 
 class TestSampler:

@@ -110,7 +110,7 @@ def test_energy_is_the_mean_of_the_averaged_networks_by_their_running_statistics
 
 
 @pytest.mark.parametrize(
-    ("lowest", "n_updates", "rate"), [(0.25, 1_000, 0.25), (1, 1_000, 1), (0.001, 0, 1), (0.001, 380, 0.05)]
+    ("lowest", "n_updates", "rate"), [(0.25, 1_000, 0.25), (1, 1_000, 1), (0.001, 0, 1), (0.001, 380, 0.05), (0.001, -1, 1)]
 )
 def test_averages_follow_the_networks_and_are_not_learned(lowest, n_updates, rate):
     critic = make_critic(averaging_rate=lowest)
