@@ -154,7 +154,9 @@ class BatchNormCritic(Critic):
         make_targets: MakeTargets,
     ) -> th.Tensor:
         # The averages take up what the last update made of the networks
-        n_updates = max((layer.n_batches for layer in self.modules() if isinstance(layer, BatchNorm)), default=math.inf)
+        n_updates = max(
+            (layer.n_batches for layer in self.q_networks.modules() if isinstance(layer, BatchNorm)), default=math.inf
+        )
         rate = averaging.averaging_rate(max(n_updates, 0) + 1, self.averaging_rate)
         averaging.update_average(self.averaged_networks, self.q_networks, rate)
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)

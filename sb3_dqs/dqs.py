@@ -50,6 +50,11 @@ from sb3_dqs.warn_once import warn_once
 SelfDQS = TypeVar("SelfDQS", bound="DQS")
 
 
+def share_of(n_states: int, share: float) -> int:
+    """Number of the states of a batch that a loss of the actor uses: at least two, which batch normalisation needs."""
+    return min(max(math.ceil(share * n_states), 2), n_states)
+
+
 def td_targets(rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor) -> th.Tensor:
     """
     Right-hand side of the soft Bellman equation, to which the critics regress.
@@ -427,7 +432,7 @@ class DQS(OffPolicyAlgorithm):
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
         """
-        n_states = min(max(math.ceil(self.own_share * count(obs)), 2), count(obs))  # batch normalisation needs two
+        n_states = share_of(count(obs), self.own_share)
         obs = select(obs, th.randperm(count(obs), device=self.device)[:n_states])
         embedding = self.actor.embed(obs).unsqueeze(1)
         with th.no_grad():
@@ -473,8 +478,7 @@ class DQS(OffPolicyAlgorithm):
             raise ValueError("next_actor_loss() needs an estimator whose `for_next_states` is not None; use actor_loss().")
         # No action follows where an episode ends: these rows are last, and have no weight
         order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
-        n_states = min(max(math.ceil(self.next_share * len(next_u)), 2), len(next_u))  # batch normalisation needs two
-        rows = order[:n_states]
+        rows = order[: share_of(len(next_u), self.next_share)]
         next_obs, u = select(next_obs, rows), next_u[rows].unsqueeze(1)
         embedding = self.actor.embed(next_obs).unsqueeze(1)
         errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
