@@ -45,10 +45,10 @@ class Actor(BasePolicy):
 
         D(s, x, sigma) = m + c_skip(sigma, v) (x - m) + c_out(sigma, v) F(s, c_in(sigma, v) (x - m), c_noise(sigma))
 
-    The Gaussian follows a learning critic as fast as SAC's does; the residual makes the policy any distribution.
-
-    The features of the observation are normalised by their running means, and pass a layer with layer normalisation, as wide
-    as the first of ``net_arch``, before they enter both networks: see docs/results.md, "What lets the actor follow".
+    The Gaussian follows a learning critic; the residual makes the policy any distribution. Both see the features of the
+    observation normalised by their running means. The Gaussian's network has one layer more than ``net_arch``, with layer
+    normalisation, by which it follows faster. The residual's has none, because with it the policy loses modes: see
+    docs/results.md, "What lets the actor follow".
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -114,27 +114,21 @@ class Actor(BasePolicy):
         # Precision of the sampler's hidden layers in training, see fast.training_dtype(); None is that of the weights
         self.training_dtype: th.dtype | None = None
 
-        # The features are normalised, and pass one more layer: see docs/results.md, "What lets the actor follow"
         self.input_norm = BatchNorm(features_dim)
-        self.encoder = nn.Sequential()
-        if len(net_arch) > 0:
-            self.encoder.append(nn.Linear(features_dim, net_arch[0]))
-            if net_arch[0] > 3:  # of few numbers, layer normalisation leaves little more than signs
-                self.encoder.append(nn.LayerNorm(net_arch[0]))
-            self.encoder.append(activation_fn())
-        # The next layer is a sum of three: its observation part is computed once for all levels and all samples
+        # The residual's first layer is a sum of three: its observation part is computed once for all levels and all samples
         width = net_arch[0] if len(net_arch) > 0 else self.action_dim
-        self.embed_features = nn.Linear(net_arch[0] if len(net_arch) > 0 else features_dim, width)
+        self.embed_features = nn.Linear(features_dim, width)
         self.embed_action = nn.Linear(self.action_dim, width, bias=False)
         self.embed_level = nn.Linear(2 * n_frequencies, width, bias=False)
         if len(net_arch) > 0:
             self.net = nn.Sequential(activation_fn(), *create_mlp(width, self.action_dim, net_arch[1:], activation_fn))
-            self.gaussian = nn.Sequential(
-                activation_fn(), *create_mlp(width, 2 * self.action_dim, net_arch[1:], activation_fn)
-            )
+            self.gaussian = nn.Sequential(nn.Linear(features_dim, width))
+            if width > 3:  # of few numbers, layer normalisation leaves little more than signs
+                self.gaussian.append(nn.LayerNorm(width))
+            self.gaussian.extend([activation_fn(), *create_mlp(width, 2 * self.action_dim, net_arch, activation_fn)])
         else:
             self.net = nn.Sequential()
-            self.gaussian = nn.Sequential(nn.Linear(width, 2 * self.action_dim))
+            self.gaussian = nn.Sequential(nn.Linear(features_dim, 2 * self.action_dim))
         # At first F is zero and the Gaussian near N(0, sigma_data^2), which is near uniform after the tanh
         for net, factor in ((self.net, 0.0), (self.gaussian, 0.1)):
             for parameter in list(net.parameters())[-2:]:  # weight and bias of the last layer
@@ -228,8 +222,8 @@ class Actor(BasePolicy):
         is_trained = self.training and th.is_grad_enabled() and self.input_norm.weight.requires_grad
         if is_trained and not is_exported:
             self.input_norm.observe(features)
-        hidden = self.embed_features(self.encoder(self.input_norm(features)))
-        gaussian = self.gaussian(hidden)
+        features = self.input_norm(features)
+        hidden, gaussian = self.embed_features(features), self.gaussian(features)
         # Slices, because torch 2.13 makes invalid nodes of chunk() and split() in ONNX of version 17
         mean, log_scale = gaussian[..., : self.action_dim], gaussian[..., self.action_dim :]
         # At most sigma_data times or divided by exp(MAX_LOG_SCALE)

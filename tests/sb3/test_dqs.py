@@ -283,7 +283,7 @@ class TestActor:
         model.critic.optimizer.step = lambda: (
             critic_step(), gradients.extend(param.grad.clone() for param in model.critic.q_networks.parameters()))  # fmt: skip
         model.train(1, 64)
-        names = ("input_norm", "encoder", "embed_features", "embed_action", "gaussian", "net")
+        names = ("input_norm", "embed_features", "embed_action", "gaussian", "net")
         parts = [getattr(model.actor, name) for name in names]
         assert all(any(param.grad.any() for param in part.parameters()) for part in parts)
         assert same(gradients, [param.grad for param in model.critic.q_networks.parameters()])

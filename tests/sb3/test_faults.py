@@ -28,9 +28,9 @@ ZEROS = np.zeros(3, np.float32)
     ("name", "value"),
     [
         *[("net.1.bias", value) for value in (NAN, INF, -INF)],
-        *[("gaussian.1.bias", value) for value in (NAN, INF, -INF)],
+        *[("gaussian.5.bias", value) for value in (NAN, INF, -INF)],
         *[("embed_features.weight", value) for value in (NAN, INF)],
-        *[(name, NAN) for name in ("input_norm.bias", "encoder.0.weight")],
+        *[(name, NAN) for name in ("input_norm.bias", "gaussian.0.weight")],
     ],
 )
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -63,7 +63,7 @@ def test_bad_critic_does_not_choose(make_model):
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        ("policy", "actor.gaussian.1.weight", INF),
+        ("policy", "actor.gaussian.5.weight", INF),
         ("policy", "critic.q_networks.1.0.bias", NAN),
         ("temperature", "log_ent_coef", NAN),
         ("target_estimator", "mean_ess.value", NAN),

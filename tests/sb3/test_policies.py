@@ -65,9 +65,13 @@ class TestArchitecture:
     @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
     def test_net_arch_and_activation(self, make_model, net_arch, actor_widths, critic_widths, activation_fn):
         model = make_model(policy_kwargs={"net_arch": net_arch, "activation_fn": activation_fn}).learn(40)
-        assert [layer.out_features for layer in model.actor.encoder if isinstance(layer, nn.Linear)] == actor_widths[:-1][:1]
-        # The actor's next layer is the sum of three
-        nets = ([model.actor.embed_features, *model.actor.net], actor_widths), (model.critic.q_networks[1], critic_widths)
+        # The first layer of the actor's residual is the sum of three; its Gaussian, a mean and a spread, has one layer more
+        gaussian_widths = [*actor_widths[:1], *actor_widths[:-1], 2] if len(actor_widths) > 1 else [2]
+        nets = (
+            ([model.actor.embed_features, *model.actor.net], actor_widths),
+            (model.actor.gaussian, gaussian_widths),
+            (model.critic.q_networks[1], critic_widths),
+        )
         for net, widths in nets:
             assert [layer.out_features for layer in net if isinstance(layer, nn.Linear)] == widths
             assert sum(isinstance(layer, activation_fn) for layer in net) == len(widths) - 1
