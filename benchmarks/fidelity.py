@@ -9,6 +9,10 @@ to exact samples over that between two exact sets (1 is perfect), the errors of 
 cost, as means and standard deviations over seeds. "exact samples" is ordinary denoising of exact samples: the limit of network
 and solver. Every run is a row of ``benchmarks/results/fidelity.csv``; runs of this commit that are there are not run again,
 and ``--report-only`` prints the rows of all commits. Some twenty seconds of one core per estimator, target and seed.
+
+A name such as "four modes 17-D, many states" trains at random observations of 17 numbers instead of one observation. The
+energy is the same at all of them, and the error of the shares is the mean of those at single observations: an actor can have
+the right shares over all states together, and keep one mode in each.
 """
 
 import argparse
@@ -54,8 +58,11 @@ INITIAL_ENT_COEF, ANNEALED = 20.0, 0.5
 GAUSSIAN_LEARNING_RATE = 2e-2
 # The distance of finite sets is itself noisy: medians of a few
 N_ACTIONS, N_REPEATS = 5000, 5
+# At the end of the name of a target: so many random observations are compared, of so many numbers
+MANY, N_STATES, N_FEATURES = ", many states", 50, 17
 EXACT, GAUSSIAN = "exact samples", "tanh Gaussian"
 NAMES = (*ESTIMATORS, GAUSSIAN, EXACT)
+NAMES_OF_TARGETS = [*TARGETS, *(name + MANY for name in TARGETS)]
 # Minutes per target: run on these targets only, unless asked for by name
 SLOW, SLOW_TARGETS = "energy gradient, K=1000", ("two modes 1-D", "four modes 2-D")
 KEYS = ("target", "estimator", "steps", "seed")
@@ -71,7 +78,7 @@ COLUMNS = {
     "microseconds": ("CPU µs", 0),
 }
 
-Policy = Callable[[int], th.Tensor]
+Policy = Callable[[], th.Tensor]  # draws N_ACTIONS actions, the same number at each state, one state after another
 
 
 class TargetCritic(MlpCritic):
@@ -100,16 +107,17 @@ class TargetCritic(MlpCritic):
         self.n_gradients += gradient.numel()
 
 
-def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[Policy, dict[str, float]]:
+def train_actor(target: Target, estimator: str, steps: int, seed: int, many_states: bool) -> tuple[Policy, dict[str, float]]:
     """
-    DQS for one state, whose critic is known.
+    DQS for one state, or for states that are alike, whose critic is known.
 
     :return: the policy; its own estimate of its entropy, the mean effective sample size in the last quarter, and the values
         and gradients of Q per regression target
     """
     critic_kwargs = {"log_density": target.log_density}
+    env = SizedEnv(N_FEATURES if many_states else 1, target.dim)
     model = DQS(
-        "MlpPolicy", SizedEnv(1, target.dim), learning_rate=LEARNING_RATE, buffer_size=1, seed=seed, device="cpu",
+        "MlpPolicy", env, learning_rate=LEARNING_RATE, buffer_size=1, seed=seed, device="cpu",
         policy_kwargs={"net_arch": NET_ARCH, "critic_class": TargetCritic, "critic_kwargs": critic_kwargs},
         denoiser_target=ESTIMATORS.get(estimator, DrawsThemselves()),
     )  # fmt: skip
@@ -119,12 +127,16 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
             return TanhBijector.inverse(target.sample(latents[..., 0].numel())).reshape(latents.shape)
 
         model.actor.training_sample = draw_exactly  # type: ignore[method-assign]
-    obs, dones = th.zeros(BATCH_SIZE, 1), th.zeros(BATCH_SIZE, 1)
+    dones = th.zeros(BATCH_SIZE, 1)
     ess, n_targets = [], []
+
+    def draw_obs(n_states: int) -> th.Tensor:
+        return th.randn(n_states, N_FEATURES) if many_states else th.zeros(n_states, 1)
 
     def compute_loss(step: int) -> th.Tensor:
         # As ent_coef="auto" does, from the uniform policy down
         ent_coef = max(INITIAL_ENT_COEF ** (1 - step / (ANNEALED * steps)), 1.0)
+        obs = draw_obs(BATCH_SIZE)
         if model.draws_own_actions(step, dones):
             loss, metrics = model.actor_loss(obs, ent_coef)
             n_targets.append(round(model.own_share * BATCH_SIZE) * model.n_draws)
@@ -138,8 +150,10 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int) -> tuple[
 
     minimise(model.actor.optimizer, steps, compute_loss)
     critic: Any = model.critic
-    return lambda n: th.as_tensor(model.predict(np.zeros((n, 1), np.float32))[0]), {
-        "entropy": model.policy.entropy(obs[:1], n_actions=2048).item(),
+    states = draw_obs(N_STATES if many_states else 1)
+    repeated = states.repeat_interleave(N_ACTIONS // len(states), dim=0).numpy()
+    return lambda: th.as_tensor(model.predict(repeated)[0]), {
+        "entropy": model.policy.entropy(states, n_actions=2048 // len(states)).mean().item(),
         "ess": float(np.nanmean(ess[-steps // 4 :])),
         "forward": critic.n_values / sum(n_targets),
         "backward": critic.n_gradients / sum(n_targets),
@@ -161,13 +175,13 @@ def train_gaussian(target: Target, steps: int, seed: int) -> tuple[Policy, dict[
 
     minimise(th.optim.Adam(parameters, lr=GAUSSIAN_LEARNING_RATE), steps, loss)
     entropy = -draw(N_ACTIONS)[1].mean().item()
-    return lambda n: draw(n)[0].detach(), {"entropy": entropy, "ess": np.nan, "forward": 1.0, "backward": 1.0}
+    return lambda: draw(N_ACTIONS)[0].detach(), {"entropy": entropy, "ess": np.nan, "forward": 1.0, "backward": 1.0}
 
 
 @lru_cache
 def floors(name: str) -> tuple[float, float]:
     """Distance between two sets of exact samples (median), and their nearest-neighbour entropy."""
-    target = make_target(name)
+    target = make_target(name.removesuffix(MANY))
     with th.random.fork_rng():
         th.manual_seed(0)
         pairs = [target.sample(2 * N_ACTIONS).chunk(2) for _ in range(15)]
@@ -177,37 +191,44 @@ def floors(name: str) -> tuple[float, float]:
 
 def distance_over_floor(name: str, sets: list[th.Tensor]) -> float:
     """Sliced Wasserstein distance of sets of actions to exact samples over that between exact sets; medians."""
-    target = make_target(name)
+    target = make_target(name.removesuffix(MANY))
     distances = [sliced_wasserstein(actions, target.sample(N_ACTIONS)).item() for actions in sets]
     return float(np.median(distances)) / floors(name)[0]
 
 
 def share_error(target: Target, actions: th.Tensor) -> float:
-    """Total variation between the mode shares (by the nearest centre) of the actions and the exact ones; NaN without modes."""
+    """
+    Total variation between the mode shares (by the nearest centre) of the actions and the exact ones; NaN without modes.
+
+    :param actions: shape (n_states, n_actions, d); the mean over states is returned
+    """
     if target.modes is None:
         return float("nan")
-    shares = [
-        th.cdist(points, target.modes).argmin(dim=1).bincount(minlength=len(target.modes)) / len(points)
-        for points in (actions, target.sample(4 * N_ACTIONS))
-    ]
-    return 0.5 * (shares[0] - shares[1]).abs().sum().item()
+    modes = target.modes
+
+    def shares(points: th.Tensor) -> th.Tensor:
+        return th.cdist(points, modes).argmin(dim=1).bincount(minlength=len(modes)) / len(points)
+
+    exact = shares(target.sample(4 * N_ACTIONS))
+    return 0.5 * th.stack([(shares(points) - exact).abs().sum() for points in actions]).mean().item()
 
 
 def run(name: str, estimator: str, steps: int, seed: int) -> dict[str, Any]:
     """Train one policy and measure it: a row of the CSV file."""
     use_one_thread()
-    target = make_target(name)
+    target, many_states = make_target(name.removesuffix(MANY)), name.endswith(MANY)
     _, exact_entropy = floors(name)
     start = time.process_time()
     if estimator == GAUSSIAN:
         policy, metrics = train_gaussian(target, steps, seed)
     else:
-        policy, metrics = train_actor(target, estimator, steps, seed)
+        policy, metrics = train_actor(target, estimator, steps, seed, many_states)
     seconds = time.process_time() - start
-    sets = [policy(N_ACTIONS) for _ in range(N_REPEATS)]
+    sets = [policy() for _ in range(N_REPEATS)]
     values = {
         "distance": distance_over_floor(name, sets),
-        "shares": share_error(target, th.cat(sets)),
+        # Every set has the states in the same order
+        "shares": share_error(target, th.cat([s.reshape(N_STATES if many_states else 1, -1, target.dim) for s in sets], 1)),
         "entropy_error": (nearest_neighbour_entropy(sets[0]) - exact_entropy) / target.dim,
         "own_entropy_error": (metrics.pop("entropy") - target.entropy) / target.dim,
         **metrics,
@@ -219,7 +240,7 @@ def run(name: str, estimator: str, steps: int, seed: int) -> dict[str, Any]:
 def report(rows: list[dict[str, str]]) -> None:
     """One table of the distances, and one of everything."""
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (list(TARGETS).index(row["target"]), NAMES.index(row["estimator"]))):
+    for row in sorted(rows, key=lambda row: (NAMES_OF_TARGETS.index(row["target"]), NAMES.index(row["estimator"]))):
         groups[row["target"], row["estimator"], row["commit"]].append(row)
     targets = list(dict.fromkeys(target for target, *_ in groups))
     lines = sorted(dict.fromkeys(key[1:] for key in groups), key=lambda line: NAMES.index(line[0]))
@@ -239,7 +260,7 @@ def report(rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=NAMES_OF_TARGETS, metavar="TARGET")
     parser.add_argument("--estimators", nargs="+", default=list(NAMES), choices=NAMES, metavar="ESTIMATOR")
     parser.add_argument("--steps", type=int, default=1500, help="gradient steps, each on 256 regression targets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
