@@ -12,7 +12,8 @@ and ``--report-only`` prints the rows of all commits. Some twenty seconds of one
 
 A name such as "four modes 17-D, many states" trains at random observations of 17 numbers instead of one observation. The
 energy is the same at all of them, and the error of the shares is the mean of those at single observations: an actor can have
-the right shares over all states together, and keep one mode in each.
+the right shares over all states together, and keep one mode in each. Distance and entropy are those of the actions of all
+states together; from 500 actions per state an exact policy has an error of the shares of some 0.03.
 """
 
 import argparse

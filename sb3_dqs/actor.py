@@ -46,9 +46,9 @@ class Actor(BasePolicy):
         D(s, x, sigma) = m + c_skip(sigma, v) (x - m) + c_out(sigma, v) F(s, c_in(sigma, v) (x - m), c_noise(sigma))
 
     The Gaussian follows a learning critic; the residual makes the policy any distribution. Both see the features of the
-    observation normalised by their running means. The Gaussian's network has one layer more than ``net_arch``, with layer
-    normalisation, by which it follows faster. The residual's has none, because with it the policy loses modes: see
-    docs/results.md, "What lets the actor follow".
+    observation normalised by their running means. Unless ``net_arch`` is empty, the Gaussian's network has one layer more than
+    it, with layer normalisation, by which it follows faster. The residual's has none, because with it the policy lost modes in
+    seventeen dimensions: see docs/results.md, "What lets the actor follow".
 
     :param observation_space: Observation space
     :param action_space: Action space
