@@ -108,15 +108,16 @@ class TargetCritic(MlpCritic):
         self.n_gradients += gradient.numel()
 
 
-def train_actor(target: Target, estimator: str, steps: int, seed: int, many_states: bool) -> tuple[Policy, dict[str, float]]:
+def train_actor(target: Target, estimator: str, steps: int, seed: int, n_states: int) -> tuple[Policy, dict[str, float]]:
     """
-    DQS for one state, or for states that are alike, whose critic is known.
+    DQS for one state, or for random states that are alike, whose critic is known.
 
+    :param n_states: number of states that the policy is compared at; 1 for one observation of zeros
     :return: the policy; its own estimate of its entropy, the mean effective sample size in the last quarter, and the values
         and gradients of Q per regression target
     """
     critic_kwargs = {"log_density": target.log_density}
-    env = SizedEnv(N_FEATURES if many_states else 1, target.dim)
+    env = SizedEnv(N_FEATURES if n_states > 1 else 1, target.dim)
     model = DQS(
         "MlpPolicy", env, learning_rate=LEARNING_RATE, buffer_size=1, seed=seed, device="cpu",
         policy_kwargs={"net_arch": NET_ARCH, "critic_class": TargetCritic, "critic_kwargs": critic_kwargs},
@@ -131,8 +132,8 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int, many_stat
     dones = th.zeros(BATCH_SIZE, 1)
     ess, n_targets = [], []
 
-    def draw_obs(n_states: int) -> th.Tensor:
-        return th.randn(n_states, N_FEATURES) if many_states else th.zeros(n_states, 1)
+    def draw_obs(n_obs: int) -> th.Tensor:
+        return th.randn(n_obs, N_FEATURES) if n_states > 1 else th.zeros(n_obs, 1)
 
     def compute_loss(step: int) -> th.Tensor:
         # As ent_coef="auto" does, from the uniform policy down
@@ -151,10 +152,10 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int, many_stat
 
     minimise(model.actor.optimizer, steps, compute_loss)
     critic: Any = model.critic
-    states = draw_obs(N_STATES if many_states else 1)
-    repeated = states.repeat_interleave(N_ACTIONS // len(states), dim=0).numpy()
+    states = draw_obs(n_states)
+    repeated = states.repeat_interleave(N_ACTIONS // n_states, dim=0).numpy()
     return lambda: th.as_tensor(model.predict(repeated)[0]), {
-        "entropy": model.policy.entropy(states, n_actions=2048 // len(states)).mean().item(),
+        "entropy": model.policy.entropy(states, n_actions=2048 // n_states).mean().item(),
         "ess": float(np.nanmean(ess[-steps // 4 :])),
         "forward": critic.n_values / sum(n_targets),
         "backward": critic.n_gradients / sum(n_targets),
@@ -182,7 +183,7 @@ def train_gaussian(target: Target, steps: int, seed: int) -> tuple[Policy, dict[
 @lru_cache
 def floors(name: str) -> tuple[float, float]:
     """Distance between two sets of exact samples (median), and their nearest-neighbour entropy."""
-    target = make_target(name.removesuffix(MANY))
+    target = make_target(name)
     with th.random.fork_rng():
         th.manual_seed(0)
         pairs = [target.sample(2 * N_ACTIONS).chunk(2) for _ in range(15)]
@@ -192,7 +193,7 @@ def floors(name: str) -> tuple[float, float]:
 
 def distance_over_floor(name: str, sets: list[th.Tensor]) -> float:
     """Sliced Wasserstein distance of sets of actions to exact samples over that between exact sets; medians."""
-    target = make_target(name.removesuffix(MANY))
+    target = make_target(name)
     distances = [sliced_wasserstein(actions, target.sample(N_ACTIONS)).item() for actions in sets]
     return float(np.median(distances)) / floors(name)[0]
 
@@ -217,19 +218,20 @@ def share_error(target: Target, actions: th.Tensor) -> float:
 def run(name: str, estimator: str, steps: int, seed: int) -> dict[str, Any]:
     """Train one policy and measure it: a row of the CSV file."""
     use_one_thread()
-    target, many_states = make_target(name.removesuffix(MANY)), name.endswith(MANY)
-    _, exact_entropy = floors(name)
+    distribution, n_states = name.removesuffix(MANY), N_STATES if name.endswith(MANY) else 1
+    target = make_target(distribution)
+    _, exact_entropy = floors(distribution)
     start = time.process_time()
     if estimator == GAUSSIAN:
         policy, metrics = train_gaussian(target, steps, seed)
     else:
-        policy, metrics = train_actor(target, estimator, steps, seed, many_states)
+        policy, metrics = train_actor(target, estimator, steps, seed, n_states)
     seconds = time.process_time() - start
     sets = [policy() for _ in range(N_REPEATS)]
     values = {
-        "distance": distance_over_floor(name, sets),
+        "distance": distance_over_floor(distribution, sets),
         # Every set has the states in the same order
-        "shares": share_error(target, th.cat([s.reshape(N_STATES if many_states else 1, -1, target.dim) for s in sets], 1)),
+        "shares": share_error(target, th.cat([s.reshape(n_states, -1, target.dim) for s in sets], 1)),
         "entropy_error": (nearest_neighbour_entropy(sets[0]) - exact_entropy) / target.dim,
         "own_entropy_error": (metrics.pop("entropy") - target.entropy) / target.dim,
         **metrics,
