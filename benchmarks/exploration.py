@@ -87,17 +87,25 @@ class PinkSAC(SAC):
 
 EQUAL_ENTROPY = "SAC, equal entropy"
 # Whose entropy it gets, if not that of "DQS"
-ENTROPY_OF = {"MountainCar": "DQS, held for 32 steps"}
+ENTROPY_OF = {"MountainCar": "DQS, held from the start"}
 # From 1 on the temperature would not fall as far in these steps
 START_OF_EQUAL_ENTROPY = {"Keeper": "auto_0.05", "DelayedBest": "auto_0.05"}
+HELD = {"use_sde": True, "train_freq": 32, "gradient_steps": 32}
+HELD_WARM_UP = {"use_sde_at_warmup": True, "learning_starts": 1_000}
 VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "DQS": (DQS, {}),
     "DQS, critic of SAC": (DQS, {"policy_kwargs": {"critic_class": "mlp"}}),
     "DQS, pink noise": (DQS, {"exploration_noise": "pink"}),
-    "DQS, held for 32 steps": (DQS, {"use_sde": True, "train_freq": 32, "gradient_steps": 32}),
+    "DQS, held for 32 steps": (DQS, HELD),
+    "DQS, held from the start": (DQS, {**HELD, **HELD_WARM_UP}),
     "SAC": (SAC, {"learning_rate": 1e-3}),
     "SAC, pink noise": (PinkSAC, {"learning_rate": 1e-3}),
-    "SAC, gSDE held for 32 steps": (SAC, {"learning_rate": 1e-3, "use_sde": True, "train_freq": 32, "gradient_steps": 32}),
+    "SAC, gSDE held for 32 steps": (SAC, {"learning_rate": 1e-3, **HELD}),
+    # With the default of log_std_init, -3, gSDE begins with actions near 0
+    "SAC, gSDE held from the start": (
+        SAC,
+        {"learning_rate": 1e-3, **HELD, **HELD_WARM_UP, "policy_kwargs": {"log_std_init": 0.0}},
+    ),
     EQUAL_ENTROPY: (SAC, {"learning_rate": 1e-3}),
     "SAC, default learning rate": (SAC, {}),
     "TQC": (TQC, {"learning_rate": 1e-3}),
