@@ -57,10 +57,10 @@ def share_of(n_states: int, share: float) -> int:
 
 def td_targets(rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor) -> th.Tensor:
     """
-    Right-hand side of the soft Bellman equation, to which the critics regress.
+    Right-hand side of the soft Bellman equation: the regression targets of the critics.
 
     :param rewards: shape (batch_size, 1)
-    :param discounts: ``gamma``, or ``gamma**n`` for n-step returns, times 1 - done; shape (batch_size, 1)
+    :param discounts: ``(1 - done) * gamma``, or ``(1 - done) * gamma**n`` for n-step returns; shape (batch_size, 1)
     :param bonus: entropy term, ``-ent_coef * log pi(a'|s')``, shape (batch_size, 1), or 0
     :param backup_values: what the critic's ``backup_values()`` gives at (s', a'), m numbers per state: 1, or the quantiles
         that it keeps; shape (batch_size, m)
@@ -73,7 +73,7 @@ class DQS(OffPolicyAlgorithm):
     """
     Diffusion Q-Sampling (DQS)
     Off-policy actor-critic whose policy is the Boltzmann distribution of the critic,
-    ``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)``, drawn from by a diffusion sampler: it keeps every good action.
+    ``pi(a|s) = exp(Q(s, a) / ent_coef) / Z(s)``, drawn from by a diffusion sampler, so that it keeps several good actions.
     Paper: https://arxiv.org/abs/2410.01312 (Jain, Akhound-Sadegh, Ravanbakhsh, RLC 2025)
 
     The arguments are those of SB3's ``SAC``, in its order; those of DQS follow as keywords.
@@ -149,7 +149,7 @@ class DQS(OffPolicyAlgorithm):
         only (random shifts of images, for instance)
     :param compile: Whether to compile the sampler of the training with ``torch.compile``: the same results up to rounding,
         and the same files; the first steps take up to a minute more
-    :raises ValueError: for an argument that cannot work, before anything is built; and during training when an
+    :raises ValueError: for an invalid argument, before anything is built; and during training when an
         observation, a reward or a loss is not finite
     """
 
@@ -198,7 +198,7 @@ class DQS(OffPolicyAlgorithm):
         *,
         n_mc_samples: int = 12,
         own_draws_freq: int = 8,
-        own_share: float = 0.25,
+        own_share: float = 0.25,  # times n_draws, as next_share times n_copies, 1: each loss has batch_size noisy actions
         n_draws: int = 4,
         next_share: float = 0.5,
         n_copies: int = 2,
@@ -319,6 +319,7 @@ class DQS(OffPolicyAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        # The average of the actor that predict() uses begins anew if something else changed the actor
         self.policy.restart_average()
         # Update learning rate according to lr schedule (the temperature takes it as an argument of update())
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
@@ -341,9 +342,11 @@ class DQS(OffPolicyAlgorithm):
             # Critics: Q(s, a) -> r + gamma (1 - done) (Q_target(s', a') - ent_coef log pi(a'|s')),  a' ~ pi(.|s').
             # A critic without a target network, as the default, is its own Q_target
             with th.no_grad():
+                # a' = tanh(next_u)
                 next_u, next_log_prob = self.actor.draw(self.actor.embed(next_obs))
                 # entropy term
                 bonus = -ent_coef * next_log_prob.unsqueeze(1) if self.backup == "soft" else 0.0
+            # td_loss() calls it with Q_target(s', a'), because a batch-normalised critic takes (s, a) and (s', a') in one pass
             make_targets = partial(td_targets, replay_data.rewards, (1 - replay_data.dones) * discounts, bonus)
             critic_loss = self.critic.td_loss(
                 self.critic_target, obs, replay_data.actions, next_obs, th.tanh(next_u), make_targets
@@ -353,8 +356,8 @@ class DQS(OffPolicyAlgorithm):
             self.critic.optimizer.step()
             logs["critic_loss"].append(critic_loss.detach())
 
-            # Actor: D(s, x, sigma) -> E[u | s, x] under exp(Q / ent_coef),  tanh(u) ~ pi(.|s),  x = u + sigma eps.
-            # At s' with the actions of the critics' target, or at s with actions drawn for it
+            # Actor: D(s, x, sigma) -> E[u | s, x],  tanh(u) ~ exp(Q(s, .) / ent_coef) / Z(s),  x = u + sigma eps.
+            # It learns at s' from the actions of the critics' target, or, every few updates, at s from new ones
             updates_actor = self._n_updates % self.policy_delay == 0
             n_actor_updates = self._n_updates // self.policy_delay
             learns_at_next = updates_actor and not self.draws_own_actions(n_actor_updates, replay_data.dones)
@@ -372,7 +375,7 @@ class DQS(OffPolicyAlgorithm):
                 for name, value in metrics.items():
                     logs[name].append(value)
 
-            # Temperature: entropy, here at s', -> target_entropy, within what the spread of Q supports
+            # Temperature: entropy -> target_entropy, at s', where log pi is known; bounded by how much Q depends on the action
             if updates_actor and not learns_at_next:
                 q_spread = self.q_spread(obs)
                 self.temperature.bound(q_spread)
@@ -409,11 +412,12 @@ class DQS(OffPolicyAlgorithm):
         Decide which loss an update of the actor minimises.
 
         Every ``own_draws_freq``-th update minimises ``actor_loss()``, and every update does if the estimator does not take
-        next states. The others minimise ``next_actor_loss()``. No next state is the first of an episode, so if a share p of
-        the batch terminates an episode, every ``ceil(1 / (2 p))``-th update minimises ``actor_loss()``, if that is more often.
+        next states. The others minimise ``next_actor_loss()``, which saves a run of the sampler. No next state is the first of
+        an episode, so ``actor_loss()`` is minimised more often where episodes end early: if a share p of the batch terminates
+        one, by at least every ``ceil(1 / (2 p))``-th update, about twice the share of first states.
 
         :param n_actor_updates: number of updates of the actor before this one
-        :param dones: 1 where the episode ends, else 0; shape (batch_size, 1)
+        :param dones: 1 where an episode terminates, 0 elsewhere, also at time limits; shape (batch_size, 1)
         :return: True for ``actor_loss()``, False for ``next_actor_loss()``
         """
         if self.target_estimator.for_next_states is None:
@@ -444,7 +448,7 @@ class DQS(OffPolicyAlgorithm):
     @th.no_grad()
     def q_spread(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Estimate how much the critic's energy depends on the action.
+        Estimate how much the critic's energy, its Q in exp(Q / ent_coef), depends on the action.
 
         :param obs: Observation
         :return: standard deviation of Q over uniform actions at a state, root mean square over the states, 0-d
@@ -452,6 +456,7 @@ class DQS(OffPolicyAlgorithm):
         pairs = 2 * th.rand(count(obs), 2, self.actor.action_dim, device=self.device) - 1
         with evaluation_mode(self.critic):
             values = self.critic.energy(obs)(pairs)
+        # Half the mean squared difference of two draws is their variance
         return ((values[:, 0] - values[:, 1]).pow(2).mean() / 2).sqrt()
 
     def next_actor_loss(
@@ -463,20 +468,20 @@ class DQS(OffPolicyAlgorithm):
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Denoising loss of the actor at random next observations of a batch, a share ``next_share`` of them. It uses the action
-        that the critics' target has drawn there, and noises it ``n_copies`` times. Observations that end an episode have
-        weight 0.
+        that the critics' target has drawn there, and noises it ``n_copies`` times. Observations at which an episode
+        terminates have weight 0. Moves the running means of the actor's features in training mode.
 
         :param next_obs: next observations
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
-        :param dones: 1 where the episode ends, so that no action follows, else 0; shape (batch_size, 1)
+        :param dones: 1 where an episode terminates, 0 elsewhere, also at time limits; shape (batch_size, 1)
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
-        :raises ValueError: if the estimator does not take next states at present, see ``draws_own_actions()``
+        :raises ValueError: if ``for_next_states`` of the estimator is None, see ``draws_own_actions()``
         """
         estimator = self.target_estimator.for_next_states
         if estimator is None:
             raise ValueError("next_actor_loss() needs an estimator whose `for_next_states` is not None; use actor_loss().")
-        # No action follows where an episode ends: these rows are last, and have no weight
+        # No action follows where an episode terminates: these rows are last, and have no weight
         order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
         rows = order[: share_of(len(next_u), self.next_share)]
         next_obs, u = select(next_obs, rows), next_u[rows].unsqueeze(1)
@@ -510,7 +515,7 @@ class DQS(OffPolicyAlgorithm):
         sigma = self.actor.noise.training(len(u), n_noisy, self.device)
         x = u + sigma * th.randn(len(u), n_noisy, self.actor.action_dim, device=self.device)
         denoised = self.actor.denoise(embedding, x, sigma)
-        # The critic values actions in evaluation mode: without dropout, with the statistics of batch normalisation at rest
+        # The critic values actions in evaluation mode: without dropout, with the running statistics of batch normalisation
         with th.no_grad(), evaluation_mode(self.critic):
             _, _, std = self.actor.split(embedding)
             density = BoltzmannDensity(self.critic.energy, obs, ent_coef)
@@ -557,7 +562,7 @@ class DQS(OffPolicyAlgorithm):
         def checked_noise() -> np.ndarray:
             assert action_noise is not None  # for type checker
             noise = action_noise()
-            check_finite("`action_noise`: the noise", noise, self.num_timesteps, "Mend `action_noise`")
+            check_finite("`action_noise`: the noise", noise, self.num_timesteps, "Fix `action_noise`")
             return noise
 
         sample = partial(super()._sample_action, learning_starts, checked_noise if action_noise is not None else None, n_envs)  # type: ignore[arg-type]
@@ -720,7 +725,7 @@ class DQS(OffPolicyAlgorithm):
             names.append("pink_latents")
         return names, []
 
-    # What pipelines of SAC read and write
+    # Attributes of SAC that users' code reads and sets
 
     @property
     def target_entropy(self) -> Any:
@@ -783,13 +788,13 @@ class DQS(OffPolicyAlgorithm):
 
     @property
     def ent_coef_optimizer(self) -> None:
-        """None: a temperature moves by steps of its own, with the learning rate of the networks."""
+        """None: a temperature is updated without an optimizer, by steps of the learning rate of the networks."""
         return None
 
     @ent_coef_optimizer.setter
     def ent_coef_optimizer(self, value: th.optim.Optimizer | None) -> None:
         if value is not None:
             warn_once(
-                "`ent_coef_optimizer` has no effect: a tuned temperature moves by steps of its own, with the learning rate of "
-                "the networks. To set the temperature: model.log_ent_coef = math.log(0.1)."
+                "`ent_coef_optimizer` has no effect: a tuned temperature is updated without an optimizer, by steps of the "
+                "learning rate of the networks. To set the temperature: model.log_ent_coef = math.log(0.1)."
             )

@@ -433,9 +433,9 @@ def test_nan_in_training_names_the_quantity_and_the_step(make_model):
 
 
 def test_check_finite_names_the_part_of_a_dictionary():
-    check_finite("the observation", {"image": np.zeros(3), "goal": np.zeros(2)}, 5, "Mend it")
-    with pytest.raises(ValueError, match=r"the observation \[goal\] is not finite at step 5: .* Mend it\."):
-        check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5, "Mend it")
+    check_finite("the observation", {"image": np.zeros(3), "goal": np.zeros(2)}, 5, "Fix it")
+    with pytest.raises(ValueError, match=r"the observation \[goal\] is not finite at step 5: .* Fix it\."):
+        check_finite("the observation", {"image": np.zeros(3), "goal": np.array([0, NAN])}, 5, "Fix it")
 
 
 @given(

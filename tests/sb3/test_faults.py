@@ -246,7 +246,7 @@ class LateNoise(NormalActionNoise):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])  # SAC clips infinity to the bounds
 def test_noise_is_at_fault(make_model, value):
     model = make_model(action_noise=LateNoise(value), env=StepEnv(None))
-    with pytest.raises(ValueError, match=rf"`action_noise`: the noise is not finite at step 4: \[ *{value}\]\. Mend"):
+    with pytest.raises(ValueError, match=rf"`action_noise`: the noise is not finite at step 4: \[ *{value}\]\. Fix"):
         model.learn(8)
     assert model.replay_buffer.size() == 4 and model.env.envs[0].unwrapped.count == 4
 
