@@ -248,7 +248,7 @@ POLICY_KWARGS_CHECKS: dict[str, Argument] = {
     "share_features_extractor": BOOL,
     "critic_class": Argument(
         lambda v: (isinstance(v, str) and v in CRITICS) or _is_critic_class(v),
-        f"one of {tuple(CRITICS)}, or a subclass of sb3_dqs.critics.Critic with its three methods",
+        f"one of {tuple(CRITICS)}, or a subclass of sb3_dqs.critics.Critic that defines backup_values, loss and energy",
     ),
     "critic_kwargs": MAPPING,
     "diffusion_steps": _integer(3),

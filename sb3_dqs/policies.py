@@ -287,12 +287,16 @@ class DQSPolicy(BasePolicy):
             loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, th.zeros_like))
         if not has_gradient(values, [actions]):
             raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
+        registered = set(critic.parameters())
+        n_unregistered = sum(leaf not in registered for leaf in leaves(loss))
+        if n_unregistered > 0:
+            raise ValueError(
+                f"{start}: loss depends on {n_unregistered} weights that are not registered as its parameters and would not "
+                "be trained; keep networks in a torch.nn.ModuleList, or register each that is in `q_networks` by add_module()."
+            )
         networks = [param for name, param in critic.named_parameters() if not name.startswith("features_extractor.")]
         if not has_gradient(loss, networks):
-            raise ValueError(
-                f"{start}: the gradient of loss reaches none of its registered networks; register them, "
-                "for instance in a torch.nn.ModuleList or by add_module()."
-            )
+            raise ValueError(f"{start}: the gradient of loss reaches none of its registered networks; compute loss by them.")
         critic.load_state_dict(before)  # loss() may have changed buffers
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -375,7 +379,14 @@ class DQSPolicy(BasePolicy):
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return self.critic_class(**critic_kwargs).to(self.device)
+        try:
+            return self.critic_class(**critic_kwargs).to(self.device)
+        except TypeError as error:
+            raise ValueError(
+                f"policy_kwargs: `critic_class`={self.critic_class.__name__} fails with the keyword arguments "
+                f"{', '.join(critic_kwargs)} ({error}); take all of them under these names, and in `critic_kwargs` give those "
+                "that it takes."
+            ) from error
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -529,6 +540,23 @@ def has_gradient(value: th.Tensor, inputs: Iterable[th.Tensor]) -> bool:
     if not inputs or not value.requires_grad:
         return False
     return any(gradient is not None for gradient in th.autograd.grad(value.sum(), inputs, allow_unused=True))
+
+
+def leaves(value: th.Tensor) -> Iterator[th.Tensor]:
+    """
+    The tensors without history that a value depends on.
+
+    :param value: a tensor
+    """
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # torch's AccumulateGrad
+            yield node.variable
+        nodes += [parent for parent, _ in node.next_functions]
 
 
 @contextlib.contextmanager

@@ -287,6 +287,23 @@ class ForgetfulCritic(MlpCritic):
             delattr(self, f"qf{i}")
 
 
+class HalfRegistered(MlpCritic):
+    """Replaces both networks, and registers the first."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        width = self.q_networks[0][0].in_features
+        self.q_networks[:] = [nn.Sequential(nn.Linear(width, 1)) for _ in range(2)]
+        self.add_module("qf0", self.q_networks[0])
+
+
+class NamelessCritic(MlpCritic):
+    """Has other names for the arguments than SB3."""
+
+    def __init__(self, space, action_space):
+        super().__init__(space, action_space, [4], nn.Flatten(), 3)
+
+
 def fail(obs, *actions):
     raise RuntimeError("no such layer")
 
@@ -316,8 +333,20 @@ class TestCriticsThatCannotWork:
     @pytest.mark.parametrize("extractor", [FlattenExtractor, NormExtractor])
     def test_whose_networks_are_not_registered_are_refused(self, make_model, extractor):
         kwargs = {"critic_class": ForgetfulCritic, "features_extractor_class": extractor, "share_features_extractor": False}
-        with pytest.raises(ValueError, match="ForgetfulCritic: the gradient of loss reaches none"):
+        with pytest.raises(ValueError, match="ForgetfulCritic: loss depends on 8 weights that are not registered"):
             make_model(policy_kwargs=kwargs)
+
+    def test_one_network_that_is_not_registered_is_enough(self, make_model):
+        with pytest.raises(ValueError, match="HalfRegistered: loss depends on 2 weights that are not registered"):
+            make_model(policy_kwargs={"critic_class": HalfRegistered})
+
+    @pytest.mark.parametrize(
+        ("critic_class", "critic_kwargs", "reason"),
+        [(NamelessCritic, None, "unexpected keyword"), (MlpCritic, {"activation_fn": None, "colour": 1}, "colour")],
+    )
+    def test_constructors_that_do_not_take_the_arguments(self, make_model, critic_class, critic_kwargs, reason):
+        with pytest.raises(ValueError, match=rf"`critic_class`.*{critic_class.__name__}.*{reason}"):
+            make_model(policy_kwargs={"critic_class": critic_class, "critic_kwargs": critic_kwargs})
 
     def test_sound_ones_can_be_built_without_gradients(self, make_model):
         with th.no_grad():
