@@ -10,7 +10,8 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
 - ``Corridor``: pretraining on speed in whatever direction, then 1,000 steps in a hall whose goal is behind one of eight doors;
   mean over two opposite doors of the share of 50 stochastic episodes that find it.
 - ``MountainCar``: return of five deterministic episodes after 8,000 steps of ``MountainCarContinuous-v0``; standing still
-  is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC.
+  is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC. "Held from
+  the start" holds the noise in the first 1,000 steps as well, which act by the policy instead of uniformly, before learning.
 
 SAC and TQC have the learning rate of DQS, and all have 256x256. "SAC, equal entropy" tunes its temperature to the entropy that
 DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a row of
@@ -224,7 +225,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
     """Table and figure of the scores."""
     tasks, variants = ([name for name in names if any(name == row[key] for row in rows)]
                        for key, names in (("task", STEPS), ("variant", VARIANTS)))  # fmt: skip
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1.6 + 2.8 * len(tasks), 3.4), squeeze=False, layout="constrained")
     table = []
     for ax, task in zip(axes[0], tasks, strict=True):
         for i, variant in enumerate(variants):
@@ -240,7 +241,8 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
             ax.plot([low, high], [i, i], color="black")
             ax.plot(scores, np.full(len(scores), i), ".", color=color)
         ax.set_yticks(range(len(variants)), variants if ax is axes[0, 0] else [""] * len(variants))
-        ax.set(title=task, ylim=(len(variants) - 0.4, -0.6), xlabel="score (bar: IQM, line: 95 %, points: seeds)")
+        ax.set(title=task, ylim=(len(variants) - 0.4, -0.6), xlabel="score")
+    figure.suptitle("bar: interquartile mean, line: its 95 % interval, points: seeds", fontsize="small")
     print_table(["task", "algorithm", "seeds", "score: IQM (95 % interval)", "return", "entropy"], table)
     figure.savefig(path, dpi=120)
     print("figure:", path)
