@@ -13,6 +13,7 @@ AGENTS = Path(__file__).parents[2] / "rl-trained-agents" / "dqs"
 
 
 RETURNS = {  # at least, in the mean of three episodes
+    "BipedalWalker-v3": 250,
     "InvertedDoublePendulum-v5": 9_000,
     "LunarLanderContinuous-v3": 100,
     "MountainCarContinuous-v0": 90,
@@ -20,7 +21,7 @@ RETURNS = {  # at least, in the mean of three episodes
     "Pendulum-v1": -400,
     "Reacher-v5": -10,
 }
-PACKAGES = {"LunarLanderContinuous-v3": "Box2D", "PandaReach-v3": "panda_gym"}
+PACKAGES = {"BipedalWalker-v3": "Box2D", "LunarLanderContinuous-v3": "Box2D", "PandaReach-v3": "panda_gym"}
 
 
 def test_every_agent_is_tested():
