@@ -10,8 +10,8 @@ Tasks where it matters to keep several good actions: does the policy keep them, 
 - ``Corridor``: pretraining on speed in whatever direction, then 1,000 steps in a hall whose goal is behind one of eight doors;
   mean over two opposite doors of the share of 50 stochastic episodes that find it.
 - ``MountainCar``: return of five deterministic episodes after 8,000 steps of ``MountainCarContinuous-v0``; standing still
-  is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC. "Held from
-  the start" holds the noise in the first 1,000 steps as well, which act by the policy instead of uniformly, before learning.
+  is worth 0, the flag over 90. "Pink noise" is the argument ``exploration_noise`` of DQS, and the same noise in SAC. "Held
+  from the start" holds the noise in the first 1,000 steps, too, which act by the policy instead of uniformly.
 
 SAC and TQC have the learning rate of DQS, and all have 256x256. "SAC, equal entropy" tunes its temperature to the entropy that
 DQS had, mean over seeds; the measured entropies of both are in the rows. Every run is a row of

@@ -25,6 +25,7 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
+from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.checks import (
     check_action_noise,
     check_arguments,
@@ -284,6 +285,12 @@ class DQS(OffPolicyAlgorithm):
                     'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.',
                     key=name,
                 )
+        if isinstance(self.critic, BatchNormCritic) and getattr(self._vec_normalize_env, "norm_reward", False):
+            warn_once(
+                "VecNormalize(norm_reward=True) makes rewards small beside the steps of the default critic, which learned "
+                "Pendulum-v1 late or not at all from them; pass norm_reward=False, or "
+                'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, which learned it.'
+            )
         if self.use_sde and self.exploration_noise == "pink":
             warn_once(
                 '`exploration_noise="pink"` has no effect with use_sde=True, which keeps one noise for sde_sample_freq '
