@@ -108,8 +108,6 @@ class AutoTemperature(Temperature):
 
     A step is ``learning_rate * clamp(gain * mean_error, -max_rise, 1)``; Adam's steps would have the same size whatever the
     error. Upwards the limit is larger than SAC's, one learning rate, because Q grows faster than that when returns improve.
-    Downwards it is ``max_fall`` where Q is so flat beside the temperature that the policy is uniform: there a higher
-    temperature adds to the values and does not make the policy broader.
 
     :param initial: initial value, positive
     :param target_entropy: in nats
@@ -117,10 +115,6 @@ class AutoTemperature(Temperature):
     :param gain: steps in learning rates per unit of the error. Measured together with ``max_rise`` on HalfCheetah-v5: entropy
         -6.2, -6.2, -6.3 after 30,000 steps (target -6)
     :param max_rise: largest step upwards, in learning rates. With 1 the entropy fell to -8.3, -6.9, -7.1 there
-    :param max_fall: largest step downwards, in learning rates, while the temperature is above ``flat_ratio``. Measured on
-        Pendulum-v1 with normalised rewards, see docs/results.md, "Small rewards"
-    :param flat_ratio: in standard deviations of Q over uniform actions. Derived: Q moves the log-density by a third of a nat,
-        and the entropy is within 0.06 nats of that of the uniform policy
     :param error_update_rate: rate of the running mean of the error: a memory of 20 steps, not measured
     :param min_ratio: least temperature, in standard deviations of Q over uniform actions. Derived: with a quadratic Q the
         policy has a standard deviation of ``0.6 * ratio**0.5``, here 0.002 of a box of width 2, nearly a point
@@ -138,8 +132,6 @@ class AutoTemperature(Temperature):
         action_dim: int,
         gain: float = 10.0,
         max_rise: float = 3.0,
-        max_fall: float = 10.0,
-        flat_ratio: float = 3.0,
         error_update_rate: float = 0.05,
         min_ratio: float = 1e-5,
         max_ratio: float = 100.0,
@@ -149,7 +141,6 @@ class AutoTemperature(Temperature):
         self.has_warned = False
         self.target_entropy, self.action_dim = target_entropy, action_dim
         self.gain, self.max_rise = gain, max_rise
-        self.max_fall, self.flat_ratio = max_fall, flat_ratio
         self.register_buffer("log_ent_coef", th.tensor([math.log(initial)]))  # of SAC's shape
         self.register_buffer("log_max", th.tensor(math.inf))
         self.mean_error = RunningMean(0.0, error_update_rate)
@@ -160,10 +151,7 @@ class AutoTemperature(Temperature):
     @th.no_grad()
     def update(self, entropy: th.Tensor, learning_rate: float) -> th.Tensor:
         self.mean_error.update((entropy - self.target_entropy) / (self.action_dim / 2))
-        # log_max is infinite until bound() is called
-        is_flat = self.log_ent_coef > self.log_max + math.log(self.flat_ratio / self.max_ratio)
-        max_fall = 1 + (self.max_fall - 1) * is_flat  # no branch: reading a value waits for the GPU
-        gradient = (self.gain * self.mean_error.value).clamp(min=-self.max_rise).minimum(max_fall)
+        gradient = (self.gain * self.mean_error.value).clamp(-self.max_rise, 1)
         loss = self.log_ent_coef * gradient
         highest = th.maximum(self.log_ent_coef, self.log_max)
         self.log_ent_coef.copy_(th.minimum(self.log_ent_coef - learning_rate * gradient, highest))

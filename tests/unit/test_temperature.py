@@ -152,18 +152,6 @@ class TestBounds:
             temperature.update(th.tensor(5.0), 0.1)
         assert temperature(1.0).item() < 0.9
 
-    @pytest.mark.parametrize(("q_spread", "fall"), [(None, 1.0), (0.32, 1.0), (0.34, 1.0), (0.32, 10.0), (0.01, 10.0)])
-    def test_falls_faster_where_the_policy_is_uniform(self, q_spread, fall):
-        """Where the temperature is above three times the spread of Q."""
-        initial = 1.0 if fall > 1 or q_spread is None else 0.9
-        temperature = AutoTemperature(initial, target_entropy=-2.0, action_dim=2)
-        if q_spread is not None:
-            temperature.bound(th.tensor(q_spread))
-        for _ in range(200):
-            temperature.update(th.tensor(1.3), 0.0)  # until the running mean is there
-        temperature.update(th.tensor(1.3), 1e-3)
-        assert temperature.log_ent_coef.item() - math.log(initial) == pytest.approx(-1e-3 * fall, rel=1e-3)
-
     @pytest.mark.parametrize("q_spread", [0.0, math.nan])
     def test_no_scale_no_bound(self, q_spread):
         temperature = self.make(1e-9)
