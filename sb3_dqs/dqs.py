@@ -199,7 +199,7 @@ class DQS(OffPolicyAlgorithm):
         *,
         n_mc_samples: int = 12,
         own_draws_freq: int = 8,
-        own_share: float = 0.25,  # times n_draws, as next_share times n_copies, 1: each loss has batch_size noisy actions
+        own_share: float = 0.25,  # own_share * n_draws = next_share * n_copies = 1: each loss has batch_size noisy actions
         n_draws: int = 4,
         next_share: float = 0.5,
         n_copies: int = 2,

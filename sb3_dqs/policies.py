@@ -292,7 +292,8 @@ class DQSPolicy(BasePolicy):
         if n_unregistered > 0:
             raise ValueError(
                 f"{start}: loss depends on {n_unregistered} weights that are not registered as its parameters and would not "
-                "be trained; keep networks in a torch.nn.ModuleList, or register each that is in `q_networks` by add_module()."
+                "be trained; keep networks in a torch.nn.ModuleList, register each that is in `q_networks` by add_module(), "
+                "and call requires_grad_(False) on one that stays constant."
             )
         networks = [param for name, param in critic.named_parameters() if not name.startswith("features_extractor.")]
         if not has_gradient(loss, networks):
@@ -380,13 +381,16 @@ class DQSPolicy(BasePolicy):
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
         try:
-            return self.critic_class(**critic_kwargs).to(self.device)
+            critic = self.critic_class(**critic_kwargs)
         except TypeError as error:
+            if "argument" not in str(error):  # of Python's messages about a call, and of no other
+                raise
             raise ValueError(
                 f"policy_kwargs: `critic_class`={self.critic_class.__name__} fails with the keyword arguments "
                 f"{', '.join(critic_kwargs)} ({error}); take all of them under these names, and in `critic_kwargs` give those "
                 "that it takes."
             ) from error
+        return critic.to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -554,8 +558,8 @@ def leaves(value: th.Tensor) -> Iterator[th.Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):  # torch's AccumulateGrad
-            yield node.variable
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
         nodes += [parent for parent, _ in node.next_functions]
 
 
