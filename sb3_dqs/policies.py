@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,12 @@ from sb3_dqs.warn_once import warn_once
 CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
 # Arguments of the policy that go to the actor as they are
 ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
+
+# What Python says where arguments do not fit a function; torch's functions say "argument", too, of their own
+CALL_ERROR = re.compile(
+    r"unexpected keyword argument|multiple values for argument|required (positional|keyword-only) argument|"
+    r"takes .* positional arguments? but"
+)
 
 SelfDQSPolicy = TypeVar("SelfDQSPolicy", bound="DQSPolicy")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -383,7 +390,7 @@ class DQSPolicy(BasePolicy):
         try:
             critic = self.critic_class(**critic_kwargs)
         except TypeError as error:
-            if "argument" not in str(error):  # of Python's messages about a call, and of no other
+            if not CALL_ERROR.search(str(error)):  # of the constructor's own work
                 raise
             raise ValueError(
                 f"policy_kwargs: `critic_class`={self.critic_class.__name__} fails with the keyword arguments "

@@ -301,9 +301,9 @@ class HalfRegistered(MlpCritic):
 class FailingCritic(MlpCritic):
     """Fails for a reason of its own."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, function, **kwargs):
         super().__init__(*args, **kwargs)
-        math.sqrt("two")
+        function()
 
 
 class NamelessCritic(MlpCritic):
@@ -346,9 +346,13 @@ class TestCriticsThatCannotWork:
         with pytest.raises(ValueError, match="ForgetfulCritic: loss depends on 8 weights that are not registered"):
             make_model(policy_kwargs=kwargs)
 
-    def test_errors_of_the_constructor_itself_are_not_hidden(self, make_model):
-        with pytest.raises(TypeError, match="must be real number"):
-            make_model(policy_kwargs={"critic_class": FailingCritic})
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [(lambda: math.sqrt("two"), "must be real number"), (lambda: nn.Linear("a", 1), "argument 'size'")],
+    )
+    def test_errors_of_the_constructor_itself_are_not_hidden(self, make_model, function, message):
+        with pytest.raises(TypeError, match=message):
+            make_model(policy_kwargs={"critic_class": FailingCritic, "critic_kwargs": {"function": function}})
 
     def test_loss_without_a_gradient_is_refused(self, make_model):
         with pytest.raises(ValueError, match="the gradient of loss reaches none of its registered networks"):
@@ -360,7 +364,11 @@ class TestCriticsThatCannotWork:
 
     @pytest.mark.parametrize(
         ("critic_class", "critic_kwargs", "reason"),
-        [(NamelessCritic, None, "unexpected keyword"), (MlpCritic, {"colour": 1}, "unexpected keyword.*colour")],
+        [
+            (NamelessCritic, None, "unexpected keyword"),
+            (MlpCritic, {"colour": 1}, "unexpected keyword.*colour"),
+            (BrokenCritic, {"method": "loss fails", "colour": 1}, "unexpected keyword.*colour"),  # by its parent
+        ],
     )
     def test_constructors_that_do_not_take_the_arguments(self, make_model, critic_class, critic_kwargs, reason):
         with pytest.raises(ValueError, match=rf"`critic_class`.*{critic_class.__name__}.*{reason}"):
