@@ -16,6 +16,10 @@ from torch import nn
 from sb3_dqs import averaging, fast
 from sb3_dqs.batch_norm import BatchNorm
 from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
+from sb3_dqs.running_mean import RunningMean
+
+# Least unit of the networks' outputs: rewards that are all 0 have none
+MIN_UNIT = 2.0**-10
 
 
 class BatchNormCritic(Critic):
@@ -32,6 +36,12 @@ class BatchNormCritic(Critic):
 
     Without a target network the values move fast, on Hopper-v5 faster than an actor follows. So the energy, which defines the
     policy, is the mean over running averages of the networks. Targets and loss use the networks, not the averages.
+
+    A step of Adam moves the outputs of the last layer, whose inputs have unit variance, by some tenths, which hides what an
+    action is worth where rewards are small. So a value is the output times ``unit``, a power of two: ``unit_ratio`` times the
+    root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``, rounded up, and at most 1. When it
+    changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van Hasselt et al. 2016,
+    https://arxiv.org/abs/1602.07714).
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -52,9 +62,11 @@ class BatchNormCritic(Critic):
         :func:`sb3_dqs.averaging.averaging_rate`; 1 for the networks themselves, as they were before the present update.
         Measured entropy gap on Pendulum-v1 (three seeds): 0.34, 0.20 and 0.04 nats; 0.08, 0.47 and 0.36 over the last 50th of
         the updates, at most 200
+    :param unit_ratio: see above. Measured on Pendulum-v1 with normalised rewards, see docs/results.md, "Small rewards"
     """
 
     features_extractor: BaseFeaturesExtractor
+    unit: th.Tensor
     has_target: ClassVar[bool] = False
     # CrossQ's: without a target network, the long memory of Adam's default of 0.9 slows learning or makes it diverge
     adam_kwargs: ClassVar[dict[str, Any]] = {"betas": (0.5, 0.999)}
@@ -74,6 +86,7 @@ class BatchNormCritic(Critic):
         eps: float = 1e-3,
         warm_up: float = 10.0,
         averaging_rate: float = 0.001,
+        unit_ratio: float = 2.0,
     ):
         super().__init__(
             observation_space,
@@ -81,7 +94,13 @@ class BatchNormCritic(Critic):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
-        numbers = {"momentum": momentum, "eps": eps, "warm_up": warm_up, "averaging_rate": averaging_rate}
+        numbers = {
+            "momentum": momentum,
+            "eps": eps,
+            "warm_up": warm_up,
+            "averaging_rate": averaging_rate,
+            "unit_ratio": unit_ratio,
+        }
         is_positive = all(isinstance(n, Real) and 0 < n < math.inf for n in numbers.values())
         if not (is_positive and max(momentum, averaging_rate) <= 1):
             raise ValueError(
@@ -98,6 +117,9 @@ class BatchNormCritic(Critic):
                 layers += [BatchNorm(size, eps, momentum, warm_up), nn.Linear(size, next_size), activation_fn()]
             layers += [BatchNorm(sizes[-1], eps, momentum, warm_up), nn.Linear(sizes[-1], 1)]
             self.q_networks.append(nn.Sequential(*layers))
+        self.unit_ratio = unit_ratio
+        self.register_buffer("unit", th.ones(()))
+        self.mean_square = RunningMean(1.0, momentum)  # of the soft rewards
         self.averaging_rate = averaging_rate
         self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
 
@@ -121,7 +143,7 @@ class BatchNormCritic(Critic):
         :return: values of each network, shape (batch_size, 1)
         """
         inputs = self._inputs(obs, actions)
-        return tuple(q_network(inputs) for q_network in self.q_networks)
+        return tuple(self.unit * q_network(inputs) for q_network in self.q_networks)
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -131,7 +153,7 @@ class BatchNormCritic(Critic):
         :param actions: actions in [-1, 1], shape (batch_size, action_dim)
         :return: shape (batch_size, 1)
         """
-        return self.q_networks[0](self._inputs(obs, actions))
+        return self.unit * self.q_networks[0](self._inputs(obs, actions))
 
     def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
@@ -159,15 +181,31 @@ class BatchNormCritic(Critic):
         )
         rate = averaging.averaging_rate(max(n_updates, 0) + 1, self.averaging_rate)
         averaging.update_average(self.averaged_networks, self.q_networks, rate)
+        self._update_unit(make_targets(actions.new_zeros(len(actions), 1)), n_updates <= 0)
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])
-        pairs = [training_pass(q_network, both).split([len(inputs), len(next_inputs)]) for q_network in self.q_networks]
+        values = [self.unit * training_pass(q_network, both) for q_network in self.q_networks]
+        pairs = [both_values.split([len(inputs), len(next_inputs)]) for both_values in values]
         targets = make_targets(minimum(next_values.detach() for _, next_values in pairs))
         return squared_errors((q_values for q_values, _ in pairs), targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)
-        return mean_energy(fast.energy(fast.fold_batch_norm(network), features) for network in self.averaged_networks)
+        outputs = mean_energy(fast.energy(fast.fold_batch_norm(network), features) for network in self.averaged_networks)
+        return lambda actions: self.unit * outputs(actions)
+
+    @th.no_grad()
+    def _update_unit(self, soft_rewards: th.Tensor, is_first: bool) -> None:
+        last_layers = [network[-1] for network in (*self.q_networks, *self.averaged_networks)]  # type: ignore[index]
+        if not all(type(layer) is nn.Linear for layer in last_layers):  # of the user, and need not be linear
+            return
+        self.mean_square.update(soft_rewards.pow(2).mean(), 1 / self.mean_square.rate if is_first else 1.0)
+        unit = (self.unit_ratio * self.mean_square.value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
+        if not is_first:  # new networks have no values to keep
+            for layer in last_layers:
+                for parameter in layer.parameters():
+                    parameter.mul_(self.unit / unit)
+        self.unit.copy_(unit)
 
 
 def training_pass(network: nn.Module, x: th.Tensor) -> th.Tensor:

@@ -25,7 +25,6 @@ from torch import nn
 
 from sb3_dqs import fast
 from sb3_dqs.actor import Actor
-from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.checks import (
     check_action_noise,
     check_arguments,
@@ -285,11 +284,10 @@ class DQS(OffPolicyAlgorithm):
                     'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, or remove it to silence this warning.',
                     key=name,
                 )
-        if isinstance(self.critic, BatchNormCritic) and getattr(self._vec_normalize_env, "norm_reward", False):
+        if self.ent_coef == "auto" and getattr(self._vec_normalize_env, "norm_reward", False):
             warn_once(
-                "VecNormalize(norm_reward=True) makes rewards small beside the steps of the default critic, which learned "
-                "Pendulum-v1 late or not at all from them; pass norm_reward=False, or "
-                'policy_kwargs=dict(critic_class="mlp") for the critic of SAC, which learned it.'
+                "VecNormalize(norm_reward=True) makes rewards small beside the initial temperature of 1, so that learning begins "
+                'late, as with SAC; pass ent_coef="auto_0.1", or norm_reward=False.'
             )
         if self.use_sde and self.exploration_noise == "pink":
             warn_once(

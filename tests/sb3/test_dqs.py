@@ -684,15 +684,15 @@ class TestExploration:
         with pytest.warns(UserWarning, match=r'`exploration_noise="pink"` has no effect with use_sde=True'):
             make_model(use_sde=True, exploration_noise="pink")
 
-    @pytest.mark.parametrize(("norm_reward", "critic_class"), [(True, "batch_norm"), (False, "batch_norm"), (True, "mlp")])
-    def test_normalised_rewards_and_the_default_critic_are_warned_of(self, make_model, norm_reward, critic_class):
+    @pytest.mark.parametrize(("norm_reward", "ent_coef"), [(True, "auto"), (False, "auto"), (True, "auto_0.1"), (True, 0.1)])
+    def test_normalised_rewards_and_a_temperature_of_1_are_warned_of(self, make_model, norm_reward, ent_coef):
         warned_of.clear()
         env = VecNormalize(make_vec_env("Pendulum-v1", 1), norm_reward=norm_reward)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            make_model(env=env, policy_kwargs={"critic_class": critic_class})
-        is_warned = any("pass norm_reward=False" in str(warning.message) for warning in caught)
-        assert is_warned == (norm_reward and critic_class == "batch_norm")
+            make_model(env=env, ent_coef=ent_coef)
+        is_warned = any("VecNormalize(norm_reward=True)" in str(warning.message) for warning in caught)
+        assert is_warned == (norm_reward and ent_coef == "auto")
 
     def test_use_sde_holds_one_noise_per_environment(self, make_model):
         model = make_model(env=make_vec_env("Pendulum-v1", 3), use_sde=True, sde_sample_freq=4, train_freq=8).learn(60)

@@ -126,6 +126,51 @@ def test_averages_follow_the_networks_and_are_not_learned(lowest, n_updates, rat
     assert all(parameter.grad is None for parameter in critic.averaged_networks.parameters())
 
 
+def targets_of(reward: float):
+    """Backup values to targets, with gamma 0.5 and no entropy term."""
+    return lambda values: reward + 0.5 * values
+
+
+@given(reward=st.floats(1e-6, 1e6), ratio=st.sampled_from([1.0, 2.0, 4.0]))
+@settings(max_examples=50, deadline=None)
+def test_the_unit_is_a_power_of_two_that_follows_the_rewards(reward, ratio):
+    critic = make_critic(unit_ratio=ratio)
+    networks = copy.deepcopy(critic.q_networks)
+    critic.td_loss(critic, *batch(8), targets_of(reward))
+    unit = float(critic.unit)
+    assert np.log2(unit) == round(np.log2(unit))
+    assert unit == 1 if ratio * reward >= 1 else unit == 2**-10 or 1 <= unit / (ratio * reward) * (1 + 1e-5) <= 2.001
+    for network, before in zip(critic.q_networks, networks, strict=True):
+        assert th.equal(network[-1].weight, before[-1].weight)  # the first update has no values to keep
+
+
+@pytest.mark.parametrize("reward", [1.0, 0.05, 0.0])
+def test_values_stay_when_the_unit_changes(reward):
+    critic = make_critic(momentum=0.5, warm_up=1e-9)
+    critic.q_networks[0][0].n_batches = 1  # not the first update
+    critic.unit.fill_(0.25)
+    critic.mean_square.value.fill_(reward**2)
+    for parameter in critic.q_networks.parameters():
+        parameter.data.mul_(2)
+    for module in critic.modules():
+        if isinstance(module, BatchNorm):
+            module.momentum = 1e-12  # the running statistics stay
+    obs, actions, *_ = inputs = batch(8)
+    critic.averaged_networks.load_state_dict(critic.q_networks.state_dict())
+    before = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
+    critic.td_loss(critic, *inputs, targets_of(reward))
+    assert float(critic.unit) == {1.0: 1.0, 0.05: 0.125, 0.0: 2**-10}[reward]
+    after = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
+    assert all(th.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(before, after, strict=True))
+
+
+def test_last_layers_of_the_user_keep_their_unit():
+    critic = make_critic()
+    critic.q_networks[0][-1] = nn.Sequential(nn.Linear(16, 1), nn.Tanh())
+    critic.td_loss(critic, *batch(8), targets_of(0.01))
+    assert float(critic.unit) == 1
+
+
 def test_both_sides_of_the_bellman_equation_come_from_the_training_pass():
     critic = make_critic().double()
     obs, actions, next_obs, next_actions = (tensor.double() for tensor in batch(8))
@@ -203,6 +248,7 @@ def test_rate_of_the_running_means():
         {"eps": "x"},
         {"averaging_rate": 0},
         {"averaging_rate": 1.1},
+        {"unit_ratio": 0.0},
     ],
 )
 def test_bad_arguments(kwargs):
