@@ -196,7 +196,7 @@ class BatchNormCritic(Critic):
 
     @th.no_grad()
     def _update_unit(self, soft_rewards: th.Tensor, is_first: bool) -> None:
-        last_layers = [network[-1] for network in (*self.q_networks, *self.averaged_networks)]  # type: ignore[index]
+        last_layers = [network[-1] for network in (*self.q_networks, *self.averaged_networks)]
         if not all(type(layer) is nn.Linear for layer in last_layers):  # of the user, and need not be linear
             return
         self.mean_square.update(soft_rewards.pow(2).mean(), 1 / self.mean_square.rate if is_first else 1.0)

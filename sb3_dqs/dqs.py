@@ -286,8 +286,8 @@ class DQS(OffPolicyAlgorithm):
                 )
         if self.ent_coef == "auto" and getattr(self._vec_normalize_env, "norm_reward", False):
             warn_once(
-                "VecNormalize(norm_reward=True) makes rewards small beside the initial temperature of 1, so that learning begins "
-                'late, as with SAC; pass ent_coef="auto_0.1", or norm_reward=False.'
+                "VecNormalize(norm_reward=True) makes rewards small beside the initial temperature of 1, so that learning "
+                'begins late, as with SAC; pass ent_coef="auto_0.1", or norm_reward=False.'
             )
         if self.use_sde and self.exploration_noise == "pink":
             warn_once(
