@@ -18,7 +18,7 @@ from sb3_dqs.batch_norm import BatchNorm
 from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
 from sb3_dqs.running_mean import RunningMean
 
-# Least unit of the networks' outputs: rewards that are all 0 have none
+# Lower limit of the unit of the networks' outputs, reached where all soft rewards are 0
 MIN_UNIT = 2.0**-10
 
 
@@ -37,11 +37,11 @@ class BatchNormCritic(Critic):
     Without a target network the values move fast, on Hopper-v5 faster than an actor follows. So the energy, which defines the
     policy, is the mean over running averages of the networks. Targets and loss use the networks, not the averages.
 
-    A step of Adam moves the outputs of the last layer, whose inputs have unit variance, by some tenths, which hides what an
-    action is worth where rewards are small. So a value is the output times ``unit``, a power of two: ``unit_ratio`` times the
-    root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``, rounded up, and at most 1. When it
-    changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van Hasselt et al. 2016,
-    https://arxiv.org/abs/1602.07714).
+    With 256 inputs of unit variance to the last layer and a learning rate of 1e-3, a step of Adam moves the outputs by up to
+    some tenths, which hides what an action is worth where rewards are small. So a value is the output times ``unit``, a power
+    of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``,
+    rounded up, and at most 1. When it changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van
+    Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -62,7 +62,8 @@ class BatchNormCritic(Critic):
         :func:`sb3_dqs.averaging.averaging_rate`; 1 for the networks themselves, as they were before the present update.
         Measured entropy gap on Pendulum-v1 (three seeds): 0.34, 0.20 and 0.04 nats; 0.08, 0.47 and 0.36 over the last 50th of
         the updates, at most 200
-    :param unit_ratio: see above. Measured on Pendulum-v1 with normalised rewards, see docs/results.md, "Small rewards"
+    :param unit_ratio: unit of the outputs in root mean squares of the soft rewards, before it is rounded up. Measured on
+        Pendulum-v1 with normalised rewards: see docs/results.md, "Small rewards"
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -197,9 +198,13 @@ class BatchNormCritic(Critic):
     @th.no_grad()
     def _update_unit(self, soft_rewards: th.Tensor, is_first: bool) -> None:
         last_layers = [network[-1] for network in (*self.q_networks, *self.averaged_networks)]
-        if not all(type(layer) is nn.Linear for layer in last_layers):  # of the user, and need not be linear
+        if not all(fast.is_unchanged(layer, nn.Linear) for layer in last_layers):  # their outputs need not scale with weights
             return
-        self.mean_square.update(soft_rewards.pow(2).mean(), 1 / self.mean_square.rate if is_first else 1.0)
+        mean_square = soft_rewards.pow(2).mean()
+        if is_first:
+            self.mean_square.value.copy_(mean_square)
+        else:
+            self.mean_square.update(mean_square)
         unit = (self.unit_ratio * self.mean_square.value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
         if not is_first:  # new networks have no values to keep
             for layer in last_layers:

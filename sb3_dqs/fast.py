@@ -52,13 +52,24 @@ def disabled() -> Iterator[None]:
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """
-    Whether a module computes what its class computes, and has no hooks.
+    Whether a module may be computed without calling it: ``is_unchanged()``, unless everything is to be in plain code.
 
     :param module: the module
     :param cls: its class; a subclass is not plain
+    :return: False also inside ``with fast.disabled():``
+    """
+    return not _is_disabled and is_unchanged(module, cls)
+
+
+def is_unchanged(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """
+    Whether a module computes what its class computes, and has no hooks.
+
+    :param module: the module
+    :param cls: its class
     :return: False for subclasses, hooks, a ``forward`` of its own, and parameters of special types (quantised ones)
     """
-    if type(module) is not cls or _is_disabled:
+    if type(module) is not cls:
         return False
     attributes = vars(module)
     return (

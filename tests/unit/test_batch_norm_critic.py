@@ -150,13 +150,11 @@ def test_values_stay_when_the_unit_changes(reward):
     critic.q_networks[0][0].n_batches = 1  # not the first update
     critic.unit.fill_(0.25)
     critic.mean_square.value.fill_(reward**2)
-    for parameter in critic.q_networks.parameters():
-        parameter.data.mul_(2)
     for module in critic.modules():
         if isinstance(module, BatchNorm):
             module.momentum = 1e-12  # the running statistics stay
     obs, actions, *_ = inputs = batch(8)
-    critic.averaged_networks.load_state_dict(critic.q_networks.state_dict())
+    critic.averaged_networks.load_state_dict(critic.q_networks.state_dict())  # the averages stay
     before = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
     critic.td_loss(critic, *inputs, targets_of(reward))
     assert float(critic.unit) == {1.0: 1.0, 0.05: 0.125, 0.0: 2**-10}[reward]
@@ -164,43 +162,59 @@ def test_values_stay_when_the_unit_changes(reward):
     assert all(th.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(before, after, strict=True))
 
 
-def test_last_layers_of_the_user_keep_their_unit():
+def not_linear(layer: nn.Linear) -> nn.Module:
+    return nn.Sequential(layer, nn.Tanh())
+
+
+def with_hook(layer: nn.Linear) -> nn.Module:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize("change", [not_linear, with_hook, nn.utils.spectral_norm])
+def test_last_layers_of_the_user_keep_their_unit(change):
     critic = make_critic()
-    critic.q_networks[0][-1] = nn.Sequential(nn.Linear(16, 1), nn.Tanh())
+    critic.q_networks[0][-1] = change(critic.q_networks[0][-1])
+    critic.averaged_networks = copy.deepcopy(critic.q_networks).requires_grad_(False)
     critic.td_loss(critic, *batch(8), targets_of(0.01))
     assert float(critic.unit) == 1
 
 
-def test_both_sides_of_the_bellman_equation_come_from_the_training_pass():
+@pytest.mark.parametrize("reward", [1.0, 0.05])
+def test_both_sides_of_the_bellman_equation_come_from_the_training_pass(reward):
     critic = make_critic().double()
     obs, actions, next_obs, next_actions = (tensor.double() for tensor in batch(8))
     both = th.cat([th.cat([obs, actions], dim=1), th.cat([next_obs, next_actions], dim=1)])
     joint = th.cat([reference(network)(both) for network in critic.q_networks], dim=1)
-    targets = 1 + 0.5 * joint[8:].min(dim=1, keepdim=True).values.detach()
+    joint = (1.0 if reward == 1 else 0.125) * joint  # the unit
+    targets = reward + 0.5 * joint[8:].min(dim=1, keepdim=True).values.detach()
     expected = ((joint[:8] - targets) ** 2).mean(dim=0).sum() / 2
-    loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, lambda values: 1 + 0.5 * values)
+    loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, targets_of(reward))
     assert th.allclose(loss, expected)
     loss.backward()
     assert all(param.grad.any() for name, param in critic.q_networks.named_parameters() if not name.endswith("0.bias"))
 
 
-def test_learns_the_discounted_sum_of_a_constant_reward():
-    """Reward 1 and discount 0.5 everywhere: Q is 2."""
+@pytest.mark.parametrize("reward", [1.0, 0.05])
+def test_learns_the_discounted_sum_of_a_constant_reward(reward):
+    """Discount 0.5 everywhere: Q is twice the reward."""
     th.manual_seed(0)
     critic = BatchNormCritic(OBS, ACTIONS, [16], FlattenExtractor(OBS), 3)
     optimizer = th.optim.Adam(critic.parameters(), 1e-2, betas=(0.5, 0.999))
     for _ in range(300):
-        loss = critic.td_loss(critic, *batch(32), lambda values: 1 + 0.5 * values)
+        loss = critic.td_loss(critic, *batch(32), targets_of(reward))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     obs, actions, _, _ = batch(200)
     values = critic.backup_values(obs, actions)
+    values = values / reward
     assert abs(values.mean().item() - 2) < 0.1 and values.std() < 0.3
 
 
 def test_has_what_pipelines_read_of_sb3s_critic():
     critic = make_critic(n_critics=3)
+    critic.unit.fill_(0.25)
     obs, actions, _, _ = batch(5)
     assert critic.n_critics == 3 and th.equal(critic.q1_forward(obs, actions), critic(obs, actions)[0])
 
