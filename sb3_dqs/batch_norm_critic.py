@@ -207,9 +207,10 @@ class BatchNormCritic(Critic):
             self.mean_square.update(mean_square)
         unit = (self.unit_ratio * self.mean_square.value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
         if not is_first:  # new networks have no values to keep
+            ratio = self.unit / unit
             for layer in last_layers:
                 for parameter in layer.parameters():
-                    parameter.mul_(self.unit / unit)
+                    parameter.mul_(ratio)
         self.unit.copy_(unit)
 
 
