@@ -48,7 +48,7 @@ class Actor(BasePolicy):
     The Gaussian follows a learning critic; the residual makes the policy any distribution. Both see the features of the
     observation normalised by their running means. Unless ``net_arch`` is empty, the Gaussian's network has one layer more than
     it, with layer normalisation, by which it follows faster. The residual's has none, because with it the policy lost modes in
-    seventeen dimensions: see docs/results.md, "What lets the actor follow".
+    seventeen dimensions: see docs/ablations.md, "What lets the actor follow".
 
     :param observation_space: Observation space
     :param action_space: Action space

@@ -18,8 +18,10 @@ from sb3_dqs.batch_norm import BatchNorm
 from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
 from sb3_dqs.running_mean import RunningMean
 
-# Lower limit of the unit of the networks' outputs, reached where all soft rewards are 0
+# Lower limit of the unit of the networks' outputs
 MIN_UNIT = 2.0**-10
+# Upper limit of the mean square of a batch's soft rewards, so that its running mean stays finite in single precision
+MAX_MEAN_SQUARE = 1e30
 
 
 class BatchNormCritic(Critic):
@@ -40,7 +42,7 @@ class BatchNormCritic(Critic):
     With 256 inputs of unit variance to the last layer and a learning rate of 1e-3, a step of Adam moves the outputs by up to
     some tenths, which hides what an action is worth where rewards are small. So a value is the output times ``unit``, a power
     of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``,
-    rounded up, and at most 1. When it changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van
+    rounded up, and at most 1; a batch whose soft rewards are all 0 leaves it as it is. When it changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van
     Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
 
     :param observation_space: Observation space
@@ -200,11 +202,12 @@ class BatchNormCritic(Critic):
         last_layers = [network[-1] for network in (*self.q_networks, *self.averaged_networks)]
         if not all(fast.is_unchanged(layer, nn.Linear) for layer in last_layers):  # their outputs need not scale with weights
             return
-        mean_square = soft_rewards.pow(2).mean()
+        mean_square = soft_rewards.pow(2).mean().clamp(max=MAX_MEAN_SQUARE)
+        has_scale = mean_square > 0  # sparse rewards without an entropy term: most batches say nothing
         if is_first:
-            self.mean_square.value.copy_(mean_square)
+            self.mean_square.value.copy_(th.where(has_scale, mean_square, self.mean_square.value))
         else:
-            self.mean_square.update(mean_square)
+            self.mean_square.update(mean_square, has_scale)
         unit = (self.unit_ratio * self.mean_square.value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
         if not is_first:  # new networks have no values to keep
             ratio = self.unit / unit

@@ -144,7 +144,23 @@ def test_the_unit_is_a_power_of_two_that_follows_the_rewards(reward, ratio):
         assert th.equal(network[-1].weight, before[-1].weight)  # the first update has no values to keep
 
 
-@pytest.mark.parametrize("reward", [1.0, 0.05, 0.0])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rewards_that_are_all_zero_leave_the_unit(is_first):
+    critic = make_critic(momentum=0.5)
+    critic.q_networks[0][0].n_batches = 0 if is_first else 1
+    critic.td_loss(critic, *batch(8), targets_of(0.0))
+    assert float(critic.unit) == float(critic.mean_square.value) == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_largest_finite_rewards_leave_the_running_mean_finite(is_first):
+    critic = make_critic()
+    critic.q_networks[0][0].n_batches = 0 if is_first else 1
+    critic.td_loss(critic, *batch(8), targets_of(1e38))
+    assert float(critic.unit) == 1 and critic.mean_square.value.isfinite()
+
+
+@pytest.mark.parametrize("reward", [1.0, 0.05, 1e-6])
 def test_values_stay_when_the_unit_changes(reward):
     critic = make_critic(momentum=0.5, warm_up=1e-9)
     critic.q_networks[0][0].n_batches = 1  # not the first update
@@ -157,7 +173,7 @@ def test_values_stay_when_the_unit_changes(reward):
     critic.averaged_networks.load_state_dict(critic.q_networks.state_dict())  # the averages stay
     before = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
     critic.td_loss(critic, *inputs, targets_of(reward))
-    assert float(critic.unit) == {1.0: 1.0, 0.05: 0.125, 0.0: 2**-10}[reward]
+    assert float(critic.unit) == {1.0: 1.0, 0.05: 0.125, 1e-6: 2**-10}[reward]
     after = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
     assert all(th.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(before, after, strict=True))
 
