@@ -42,8 +42,8 @@ class BatchNormCritic(Critic):
     With 256 inputs of unit variance to the last layer and a learning rate of 1e-3, a step of Adam moves the outputs by up to
     some tenths, which hides what an action is worth where rewards are small. So a value is the output times ``unit``, a power
     of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``,
-    rounded up, and at most 1; a batch whose soft rewards are all 0 leaves it as it is. When it changes, the last layers are rescaled, so that the values stay (as in Pop-Art, van
-    Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
+    rounded up, and at most 1; a batch whose soft rewards are all 0 leaves it as it is. When it changes, the last layers are
+    rescaled, so that the values stay (as in Pop-Art, van Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
 
     :param observation_space: Observation space
     :param action_space: Action space
