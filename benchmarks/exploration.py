@@ -50,6 +50,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_dqs import DQS  # registers the environments, too
+from sb3_dqs.dqs_paper import PAPER
 from sb3_dqs.exploration import PinkLatents
 
 matplotlib.use("Agg")
@@ -96,6 +97,12 @@ HELD_WARM_UP = {"use_sde_at_warmup": True, "learning_starts": 1_000}
 VARIANTS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "DQS": (DQS, {}),
     "DQS, critic of SAC": (DQS, {"policy_kwargs": {"critic_class": "mlp"}}),
+    # Its thousand candidates per target allow no larger batch in this time
+    "DQS, paper's setting, batch of 64": (
+        DQS,
+        {**PAPER, "learning_rate": 3e-4, "batch_size": 64, "policy_kwargs": {"critic_class": "mlp"}},
+    ),
+    "DQS, batch of 64": (DQS, {"batch_size": 64}),
     "DQS, pink noise": (DQS, {"exploration_noise": "pink"}),
     "DQS, held for 32 steps": (DQS, HELD),
     "DQS, held from the start": (DQS, {**HELD, **HELD_WARM_UP}),

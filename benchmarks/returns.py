@@ -38,6 +38,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_dqs.averaging import RunningAverage
+from sb3_dqs.dqs_paper import PAPER
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -82,6 +83,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "DQS": ("DQS", WIDE),
     "DQS-actor": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "actor_averaging_rate": 1}}),
     "DQS-3e-4": ("DQS", {**WIDE, "learning_rate": 3e-4}),
+    "DQS-paper": ("DQS", {**PAPER, "learning_rate": 3e-4, "policy_kwargs": {"net_arch": [256, 256], "critic_class": "mlp"}}),
     "DQS-mlp": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "critic_class": "mlp"}}),
 }
 SCALARS = ("ent_coef", "entropy", "ess")
