@@ -97,18 +97,11 @@ class BatchNormCritic(Critic):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
-        numbers = {
-            "momentum": momentum,
-            "eps": eps,
-            "warm_up": warm_up,
-            "averaging_rate": averaging_rate,
-            "unit_ratio": unit_ratio,
-        }
-        is_positive = all(isinstance(n, Real) and 0 < n < math.inf for n in numbers.values())
-        if not (is_positive and max(momentum, averaging_rate) <= 1):
+        numbers = (momentum, eps, warm_up, averaging_rate, unit_ratio)
+        if not (all(isinstance(n, Real) and 0 < n < math.inf for n in numbers) and max(momentum, averaging_rate) <= 1):
             raise ValueError(
                 "policy_kwargs: `critic_kwargs` must have positive numbers, momentum and averaging_rate at most 1, got "
-                f"{', '.join(f'{name}={number!r}' for name, number in numbers.items())}."
+                f"{momentum=}, {eps=}, {warm_up=}, {averaging_rate=}, {unit_ratio=}."
             )
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics

@@ -547,13 +547,6 @@ class DQS(OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
-        checks = FiniteStepCallback()
-        checks.model = self
-        checks.check_observation("the first observation", self._last_obs)
-        return total_timesteps, callback
-
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if isinstance(callback, list):
             callback = CallbackList(callback)

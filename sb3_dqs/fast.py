@@ -95,10 +95,8 @@ def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None, own
     is_free = True  # nothing else needs the input
     for layer in layers:
         is_linear = is_plain(layer, nn.Linear)
-        if is_linear and dtype is None:
-            functions.append(_linear(layer))
-        elif is_linear and layer.weight.dtype == th.float32:
-            functions.append(_linear_in(dtype, layer))  # type: ignore[arg-type]
+        if is_linear and (dtype is None or layer.weight.dtype == th.float32):
+            functions.append(_linear(layer, dtype))
         elif is_free and is_plain(layer, nn.ReLU):
             functions.append(th.relu_)
         elif dtype is None or any(is_plain(layer, cls) for cls in ACTIVATIONS):
@@ -109,13 +107,8 @@ def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None, own
     return functions
 
 
-def _linear(layer: nn.Module) -> Layer:
-    weight, bias = layer.weight, layer.bias
-    return lambda x: F.linear(x, weight, bias)  # type: ignore[arg-type]
-
-
-def _linear_in(dtype: th.dtype, layer: nn.Module) -> Layer:
-    weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+def _linear(layer: nn.Module, dtype: th.dtype | None) -> Layer:
+    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (layer.weight, layer.bias))
     return lambda x: F.linear(x.to(dtype), weight, bias)  # type: ignore[arg-type]
 
 

@@ -51,11 +51,14 @@ def check_finite(what: str, value: Any, num_timesteps: int, remedy: str) -> None
 
 class FiniteStepCallback(BaseCallback):
     """
-    Checks every step of the environment. It runs before the user's callbacks, so that they do not save a
-    number that is not finite.
+    Checks the first observation and every step of the environment. It runs before the user's callbacks, so that they do not
+    save a number that is not finite.
     """
 
     model: "DQS"
+
+    def _on_training_start(self) -> None:
+        self.check_observation("the first observation", self.model._last_obs)
 
     def _on_step(self) -> bool:
         new_obs, vec_normalize = self.locals["new_obs"], self.model.get_vec_normalize_env()

@@ -46,7 +46,6 @@ CALL_ERROR = re.compile(
     r"takes .* positional arguments? but"
 )
 
-SelfDQSPolicy = TypeVar("SelfDQSPolicy", bound="DQSPolicy")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -531,8 +530,6 @@ class DQSPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        if self.actor.training == self.critic.training == self.training == mode:
-            return  # predict() calls this at every step
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode

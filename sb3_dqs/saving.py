@@ -46,7 +46,8 @@ def atomic(path: str | Path | io.BufferedIOBase, suffix: str) -> Iterator[Any]:
     try:
         with temporary.open("xb") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # not all file systems have locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())

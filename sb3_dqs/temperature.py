@@ -6,6 +6,7 @@ A temperature of your own is a :class:`Temperature`; pass an instance to ``DQS(e
 
 import copy
 import math
+from functools import partial
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
@@ -60,22 +61,9 @@ class FixedTemperature(Temperature):
         return th.tensor(self.value)
 
 
-class LogLinearSchedule:
-    """
-    From ``initial`` to ``final``, linearly in the logarithm: the anneal of the paper.
-
-    :param initial: value at the beginning of training, positive
-    :param final: value at its end, positive
-    """
-
-    def __init__(self, initial: float, final: float):
-        self.initial, self.final = initial, final
-
-    def __call__(self, progress_remaining: float) -> float:
-        return math.exp(progress_remaining * math.log(self.initial) + (1 - progress_remaining) * math.log(self.final))
-
-    def __repr__(self) -> str:
-        return f"LogLinearSchedule(initial={self.initial}, final={self.final})"
+def log_linear(initial: float, final: float, progress_remaining: float) -> float:
+    """From ``initial`` to ``final``, linearly in the logarithm: the anneal of the paper."""
+    return math.exp(progress_remaining * math.log(initial) + (1 - progress_remaining) * math.log(final))
 
 
 class ScheduledTemperature(Temperature):
@@ -209,7 +197,7 @@ def make_temperature(
             return AutoTemperature(initial, target_entropy, action_dim)
         if isinstance(ent_coef, str) and ent_coef.startswith("log_linear_"):
             initial, final = map(_positive, ent_coef.removeprefix("log_linear_").split("_"))
-            return ScheduledTemperature(LogLinearSchedule(initial, final))
+            return ScheduledTemperature(partial(log_linear, initial, final))
         return FixedTemperature(_positive(ent_coef))
     except (TypeError, ValueError) as error:
         raise ValueError(

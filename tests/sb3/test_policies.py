@@ -257,6 +257,14 @@ class TestModulesOfUsers:
         model.train(2, 16)
         assert all(not th.equal(value, before[name]) for name, value in statistics(model.actor).items())
 
+    def test_a_part_that_is_replaced_is_in_evaluation_mode_when_predicting(self, make_model):
+        model = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30)
+        obs = np.zeros((2, 3), np.float32)
+        model.predict(obs)
+        extractor = model.actor.features_extractor = NormExtractor(model.observation_space)
+        model.predict(obs)
+        assert extractor.modes == [False]
+
     @pytest.mark.parametrize("method", ["log_prob", "entropy"])
     def test_density_and_entropy_are_those_of_evaluation_mode(self, make_model, method):
         policy = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30).policy

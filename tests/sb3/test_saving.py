@@ -280,6 +280,28 @@ def test_parameters_of_another_kind_are_named_at_load(make_model, tmp_path):
         DQS.load(tmp_path / "model")
 
 
+@pytest.mark.skipif(saving.fcntl is None, reason="needs file locks")
+def test_file_systems_without_locks(make_model, tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(saving.fcntl, "flock", no_locks)
+    make_model().save(tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model.zip"]
+    DQS.load(tmp_path / "model")
+
+
+def test_load_in_inference_mode(make_model, tmp_path):
+    model, obs = make_model().learn(40), np.ones(3, np.float32)
+    model.save(tmp_path / "model")
+    with th.inference_mode():
+        loaded = DQS.load(tmp_path / "model")
+        action, _ = loaded.predict(obs, deterministic=True)
+    for other in (loaded, model):
+        assert np.array_equal(other.predict(obs, deterministic=True)[0], action)
+    assert loaded.actor.average_is_current
+
+
 def test_predict_from_a_thread_does_not_change_the_training_mode(make_model):
     modes, stop = [], threading.Event()
     model = make_model(gradient_steps=4, policy_kwargs={"activation_fn": th.nn.Dropout})

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch as th
 from sb3_dqs.temperature import (
     AutoTemperature,
     FixedTemperature,
-    LogLinearSchedule,
     ScheduledTemperature,
     Temperature,
+    log_linear,
     make_temperature,
 )
 
@@ -28,7 +29,7 @@ def test_fixed():
     assert temperature(1.0).shape == ()
 
 
-@pytest.mark.parametrize("ent_coef", ["log_linear_1.0_0.01", LogLinearSchedule(1.0, 0.01)])
+@pytest.mark.parametrize("ent_coef", ["log_linear_1.0_0.01", partial(log_linear, 1.0, 0.01)])
 def test_log_linear_schedule(ent_coef):
     """SB3's remaining progress is negative when the last rollout overshoots."""
     temperature = make_temperature(ent_coef)
