@@ -83,8 +83,9 @@ def test_training_is_what_it_was(name: str):
     found, expected = record(name), snapshots[name]
     if snapshots["machine"] == machine():
         assert found == expected
-    # Elsewhere rounding differs, and what differs grows with the steps
-    assert found["early losses"] == pytest.approx(expected["early losses"], rel=1e-3)
+    # Elsewhere rounding differs, and what differs grows with the steps: with four instruction sets the first loss of the
+    # critic for images, which are noise here, was 8.20 to 8.52
+    assert found["early losses"] == pytest.approx(expected["early losses"], rel=0.1 if name == "images" else 1e-3)
 
 
 if __name__ == "__main__":
