@@ -169,8 +169,10 @@ def is_kept(row: dict[str, str]) -> bool:
 
 
 def report(rows: list[dict[str, str]], path: Path) -> None:
-    """Figure of the means and the entropy gap, and a table of the last rows."""
+    """Figure of the means and the entropy gap, for the latest commit of each task, and a table of the last rows of all."""
+    latest = {(row["task"], row["variant"]): row["commit"] for row in rows}
     for row in rows:
+        row["in_figure"] = not row["variant"].startswith("DQS") or row["commit"] == latest[row["task"], row["variant"]]
         row["variant"] += f" at {row['commit']}" if row["variant"].startswith("DQS") else ""
     tasks, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "variant"))
     figure = Figure(figsize=(5 * len(tasks), 6), layout="constrained")
@@ -186,9 +188,10 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
 
             if not chosen:
                 continue
-            upper.plot(steps, mean("policy_mean"), color=f"C{color}", label=variant)
-            upper.plot(steps, mean("boltzmann_mean"), "--", color=f"C{color}")
-            lower.plot(steps, mean("entropy_gap"), color=f"C{color}")
+            if all(row["in_figure"] for row in chosen):
+                upper.plot(steps, mean("policy_mean"), color=f"C{color}", label=variant)
+                upper.plot(steps, mean("boltzmann_mean"), "--", color=f"C{color}")
+                lower.plot(steps, mean("entropy_gap"), color=f"C{color}")
             keys = ("boltzmann_mean", "policy_mean", "entropy_gap", "ent_coef", "return")
             seeds = len({row["seed"] for row in chosen})
             known = [row for row in chosen if is_known(row)]
