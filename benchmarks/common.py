@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "gymnasium", "mujoco")
@@ -45,6 +46,24 @@ def provenance() -> dict[str, str]:
         "processor": models[0] if models else platform.processor() or platform.machine(),
         "bfloat16": str(any(flag in cpuinfo for flag in ("amx_bf16", "avx512_bf16"))),
     }
+
+
+class OneTraining(BaseCallback):
+    """
+    Schedules run over the whole training, of which a call of ``learn()`` is a part.
+
+    :param total_timesteps: of the whole training
+    """
+
+    def __init__(self, total_timesteps: int):
+        super().__init__()
+        self.total_timesteps = total_timesteps
+
+    def _on_training_start(self) -> None:
+        self.model._total_timesteps = self.total_timesteps
+
+    def _on_step(self) -> bool:
+        return True
 
 
 def print_provenance() -> None:

@@ -34,6 +34,7 @@ import numpy as np
 import torch as th
 from common import (
     RESULTS,
+    OneTraining,
     append_rows,
     bootstrap_interval,
     fresh_processes,
@@ -193,7 +194,7 @@ def run(task: str, variant: str, seed: int, target_entropy: float | None) -> dic
     model = cls("MlpPolicy", ENV_IDS[task], seed=seed, device="cpu", **kwargs)
     scores = []
     for step in range(500, STEPS[task] + 1, 500):
-        model.learn(500, reset_num_timesteps=step == 500, log_interval=10**9)
+        model.learn(500, OneTraining(STEPS[task]), reset_num_timesteps=step == 500, log_interval=10**9)
         if step == STEPS[task] or (task == "DelayedBest" and step >= 4_500):
             scores.append(SCORES[task](model))
     values = {

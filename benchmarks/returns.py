@@ -23,6 +23,7 @@ import sb3_contrib
 import stable_baselines3
 from common import (
     RESULTS,
+    OneTraining,
     append_rows,
     bootstrap_interval,
     fresh_processes,
@@ -119,7 +120,7 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
     while model.num_timesteps < args.until:
         start = time.process_time()
         n_steps = min(args.eval_freq, args.until - model.num_timesteps)
-        model.learn(n_steps, log_interval=10**9, reset_num_timesteps=model.num_timesteps == 0)
+        model.learn(n_steps, OneTraining(args.steps), log_interval=10**9, reset_num_timesteps=model.num_timesteps == 0)
         cpu_seconds += time.process_time() - start
         returns, _ = evaluate_policy(model, env, args.episodes, return_episode_rewards=True)
         recent = [episode["r"] for episode in model.ep_info_buffer or []][-5:]

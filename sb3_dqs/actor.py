@@ -1,5 +1,6 @@
 """The actor: a denoiser run backwards."""
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -394,15 +395,15 @@ class Actor(BasePolicy):
                 )
             return self
         elif not is_compiling:
-            self.notice_changes()
+            try:
+                self.notice_changes()
+            except RuntimeError:  # torch.func.vmap over the parameters
+                return self
         return self._averages[0].stand_in(self) if self.average_is_current else self  # type: ignore[return-value]
 
     def notice_changes(self) -> None:
-        """Find out whether the running average follows the parameters; it does not where they cannot be compared."""
-        try:
-            self.set_average_is_current(bool(self._averages) and self._averages[0].is_current(self))
-        except RuntimeError:  # torch.func.vmap over the parameters, or without values
-            self.average_is_current = False
+        """Find out whether the running average follows the parameters."""
+        self.set_average_is_current(bool(self._averages) and self._averages[0].is_current(self))
 
     def set_average_is_current(self, is_current: bool) -> None:
         """
@@ -413,7 +414,7 @@ class Actor(BasePolicy):
         self.average_is_current, self._checked_version = is_current, self._count_changes()
 
     def _count_changes(self) -> int:
-        return sum(0 if param.is_inference() else param._version for param in self.parameters())
+        return sum(param._version for param in self.parameters())
 
     def train(self: SelfActor, mode: bool = True) -> SelfActor:
         """
@@ -423,7 +424,8 @@ class Actor(BasePolicy):
         :param mode: whether to set training mode
         """
         super().train(mode)
-        self.notice_changes()
+        with contextlib.suppress(RuntimeError):  # parameters without values
+            self.notice_changes()
         return self
 
     def set_training_mode(self, mode: bool) -> None:

@@ -115,7 +115,7 @@ class BatchNormCritic(Critic):
             self.q_networks.append(nn.Sequential(*layers))
         self.unit_ratio = unit_ratio
         self.register_buffer("unit", th.ones(()))
-        self.mean_square = RunningMean(1.0, momentum)  # of the soft rewards
+        self.mean_square = RunningMean(0.0, momentum)  # of the soft rewards; 0 until there was one
         self.averaging_rate = averaging_rate
         self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
 
@@ -196,12 +196,14 @@ class BatchNormCritic(Critic):
         if not all(fast.is_unchanged(layer, nn.Linear) for layer in last_layers):  # their outputs need not scale with weights
             return
         mean_square = soft_rewards.pow(2).mean().clamp(max=MAX_MEAN_SQUARE)
-        has_scale = mean_square > 0  # sparse rewards without an entropy term: most batches say nothing
+        value = self.mean_square.value
         if is_first:
-            self.mean_square.value.copy_(th.where(has_scale, mean_square, self.mean_square.value))
-        else:
-            self.mean_square.update(mean_square, has_scale)
-        unit = (self.unit_ratio * self.mean_square.value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
+            value.zero_()
+        had_scale, has_scale = value > 0, mean_square > 0  # sparse rewards without an entropy term: most batches have none
+        self.mean_square.update(mean_square, has_scale)
+        value.copy_(th.where(had_scale, value, mean_square))
+        unit = (self.unit_ratio * value.sqrt()).log2().ceil().exp2().clamp(MIN_UNIT, 1.0)
+        unit = th.where(value > 0, unit, self.unit)
         if not is_first:  # new networks have no values to keep
             ratio = self.unit / unit
             for layer in last_layers:

@@ -648,7 +648,8 @@ class DQS(OffPolicyAlgorithm):
         """
         check_model_file(path)
         try:
-            return super().load(path, *args, **kwargs)
+            with th.inference_mode(False):  # parameters made in inference mode could not be trained
+                return super().load(path, *args, **kwargs)
         except KeyError as error:
             # SB3 takes any ValueError for the sign of an old DQN, and then misses the optimizer of DQN
             if isinstance(error.__context__, ValueError):

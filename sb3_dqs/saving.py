@@ -79,7 +79,7 @@ def _target(path: Path, suffix: str) -> Path:
 
 
 def _sweep(folder: Path, prefix: str) -> None:
-    """Remove the temporary files of processes that are gone: nobody holds their lock."""
+    """Remove the temporary files of processes that are gone: nobody holds their lock. Without locks they stay."""
     for left_over in folder.glob(f"{prefix}*{SUFFIX}"):
         with contextlib.suppress(OSError):
             if fcntl is not None:

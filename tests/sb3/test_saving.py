@@ -300,6 +300,8 @@ def test_load_in_inference_mode(make_model, tmp_path):
     for other in (loaded, model):
         assert np.array_equal(other.predict(obs, deterministic=True)[0], action)
     assert loaded.actor.average_is_current
+    loaded.set_env(model.get_env())
+    loaded.learn(40)
 
 
 def test_predict_from_a_thread_does_not_change_the_training_mode(make_model):

@@ -83,9 +83,11 @@ def test_training_is_what_it_was(name: str):
     found, expected = record(name), snapshots[name]
     if snapshots["machine"] == machine():
         assert found == expected
-    # Elsewhere rounding differs, and what differs grows with the steps: with four instruction sets the first loss of the
-    # critic for images, which are noise here, was 8.20 to 8.52
-    assert found["early losses"] == pytest.approx(expected["early losses"], rel=0.1 if name == "images" else 1e-3)
+    # Elsewhere rounding differs, and what differs grows with the steps. The images are noise: with four instruction sets the
+    # first losses of the critic were 8.20 to 8.52, those of the actor 0.056 to 0.061, the entropies 3.505 to 3.512
+    tolerances = [0.1, 0.1, 1e-3, 1e-2] if name == "images" else [1e-3] * 4
+    for value, other, tolerance in zip(found["early losses"], expected["early losses"], tolerances, strict=True):
+        assert value == pytest.approx(other, rel=tolerance)
 
 
 if __name__ == "__main__":

@@ -144,12 +144,12 @@ def test_the_unit_is_a_power_of_two_that_follows_the_rewards(reward, ratio):
         assert th.equal(network[-1].weight, before[-1].weight)  # the first update has no values to keep
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-def test_rewards_that_are_all_zero_leave_the_unit(is_first):
-    critic = make_critic(momentum=0.5)
-    critic.q_networks[0][0].n_batches = 0 if is_first else 1
-    critic.td_loss(critic, *batch(8), targets_of(0.0))
-    assert float(critic.unit) == float(critic.mean_square.value) == 1
+@pytest.mark.parametrize("rewards", [[0.0], [0.05, 0.0], [0.0, 0.05], [0.0, 0.0, 0.05, 0.0]])
+def test_rewards_that_are_all_zero_leave_the_unit(rewards):
+    critic = make_critic(momentum=0.5, unit_ratio=2)
+    for reward in rewards:
+        critic.td_loss(critic, *batch(8), targets_of(reward))
+    assert float(critic.unit) == (0.125 if any(rewards) else 1)
 
 
 @pytest.mark.parametrize("is_first", [True, False])
