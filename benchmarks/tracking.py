@@ -171,7 +171,9 @@ def is_kept(row: dict[str, str]) -> bool:
 def report(rows: list[dict[str, str]], path: Path) -> None:
     """Figure of the means and the entropy gap, for the latest commit of each task, and a table of the last rows of all."""
     latest = {(row["task"], row["variant"]): row["commit"] for row in rows}
+    colors = {variant: f"C{i}" for i, variant in enumerate(VARIANTS)}
     for row in rows:
+        row["label"] = row["variant"]
         row["in_figure"] = not row["variant"].startswith("DQS") or row["commit"] == latest[row["task"], row["variant"]]
         row["variant"] += f" at {row['commit']}" if row["variant"].startswith("DQS") else ""
     tasks, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "variant"))
@@ -179,7 +181,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     table = []
     for (upper, lower), task in zip(axes.T, tasks, strict=True):
-        for color, variant in enumerate(variants):
+        for variant in variants:
             chosen = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
             steps = sorted({int(row["step"]) for row in chosen})
 
@@ -189,9 +191,10 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
             if not chosen:
                 continue
             if all(row["in_figure"] for row in chosen):
-                upper.plot(steps, mean("policy_mean"), color=f"C{color}", label=variant)
-                upper.plot(steps, mean("boltzmann_mean"), "--", color=f"C{color}")
-                lower.plot(steps, mean("entropy_gap"), color=f"C{color}")
+                label = chosen[0]["label"]
+                upper.plot(steps, mean("policy_mean"), color=colors[label], label=label)
+                upper.plot(steps, mean("boltzmann_mean"), "--", color=colors[label])
+                lower.plot(steps, mean("entropy_gap"), color=colors[label])
             keys = ("boltzmann_mean", "policy_mean", "entropy_gap", "ent_coef", "return")
             seeds = len({row["seed"] for row in chosen})
             known = [row for row in chosen if is_known(row)]
