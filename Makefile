@@ -42,9 +42,9 @@ figures: install
 	$(BIN)/python benchmarks/speed.py --report-only
 	$(BIN)/python benchmarks/exploration.py --report-only
 	$(BIN)/python benchmarks/fork_episodes.py --report-only
-	$(BIN)/python benchmarks/returns.py --report-only --steps 100000 --env HalfCheetah-v5 Hopper-v5 Walker2d-v5 \
+	$(BIN)/python benchmarks/returns.py --report-only --steps 100000 --env HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Humanoid-v5 \
 		--algos DQS CrossQ SAC-1e-3 SAC TQC
-	cp benchmarks/results/returns/curves_HalfCheetah-v5_Hopper-v5_Walker2d-v5_100000.png docs/returns.png
+	cp benchmarks/results/returns/curves_HalfCheetah-v5_Hopper-v5_Walker2d-v5_Ant-v5_Humanoid-v5_100000.png docs/returns.png
 	cd benchmarks/results && cp bandit.png tracking.png speed.png exploration.png fork.gif ../../docs/
 
 type:
