@@ -190,7 +190,7 @@ def report(rows: list[dict[str, str]], path: Path) -> None:
 
             if not chosen:
                 continue
-            if all(row["in_figure"] for row in chosen):
+            if chosen[0]["in_figure"]:  # the commit is part of the variant
                 label = chosen[0]["label"]
                 upper.plot(steps, mean("policy_mean"), color=colors[label], label=label)
                 upper.plot(steps, mean("boltzmann_mean"), "--", color=colors[label])

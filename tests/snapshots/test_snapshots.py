@@ -46,7 +46,7 @@ def machine() -> str:
     """What the last bits depend on."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     vendors = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("vendor_id")]
-    return f"torch {th.__version__}, {platform.machine()}, {th.backends.cpu.get_cpu_capability()}, {vendors[:1]}"
+    return f"torch {th.__version__}, {platform.machine()}, {th.backends.cpu.get_cpu_capability()}, {vendors[0] if vendors else ''}"
 
 
 def record(name: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def record(name: str) -> dict[str, Any]:
     model = DQS(**kwargs)
     model.actor.training_dtype = None  # processors with and without bfloat16 products agree
     losses = []
-    for n_steps in (28, 172):
+    for n_steps in (22, 178):  # learning starts after 20
         model.learn(n_steps, reset_num_timesteps=False)
         names = ("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/entropy")
         losses.append([model.logger.name_to_value.get(loss) for loss in names])
@@ -83,11 +83,8 @@ def test_training_is_what_it_was(name: str):
     found, expected = record(name), snapshots[name]
     if snapshots["machine"] == machine():
         assert found == expected
-    # Elsewhere rounding differs, and what differs grows with the steps. The images are noise: with four instruction sets the
-    # first losses of the critic were 8.20 to 8.52, those of the actor 0.056 to 0.061, the entropies 3.505 to 3.512
-    tolerances = [0.1, 0.1, 1e-3, 1e-2] if name == "images" else [1e-3] * 4
-    for value, other, tolerance in zip(found["early losses"], expected["early losses"], tolerances, strict=True):
-        assert value == pytest.approx(other, rel=tolerance)
+    # Elsewhere rounding differs, and what differs grows with the steps
+    assert found["early losses"] == pytest.approx(expected["early losses"], rel=1e-3)
 
 
 if __name__ == "__main__":
