@@ -45,8 +45,8 @@ SMALL = {"learning_starts": 20, "batch_size": 32, "buffer_size": 300, "seed": 0,
 def machine() -> str:
     """What the last bits depend on."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    vendors = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("vendor_id")]
-    return f"torch {th.__version__}, {platform.machine()}, {th.backends.cpu.get_cpu_capability()}, {vendors[0] if vendors else ''}"
+    vendor = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("vendor_id")), "")
+    return f"torch {th.__version__}, {platform.machine()}, {th.backends.cpu.get_cpu_capability()}, {vendor}"
 
 
 def record(name: str) -> dict[str, Any]:
