@@ -34,6 +34,7 @@ from common import (
     use_one_thread,
 )
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -108,12 +109,13 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
     checkpoint = args.checkpoints / path.relative_to(args.out).with_suffix("")
     cls = find_algorithm(algorithm)
     if rows and checkpoint.with_suffix(".zip").exists():
-        model = cls.load(checkpoint, env=gym.make(env_id), device="cpu")
+        model = cls.load(checkpoint, env=make_vec_env(env_id, args.n_envs), device="cpu")
         model.load_replay_buffer(checkpoint.with_suffix(".pkl"))
         cpu_seconds = float(rows[-1]["cpu_seconds"])
     else:
         path.unlink(missing_ok=True)
-        model = cls("MlpPolicy", env_id, buffer_size=args.steps, seed=seed, device="cpu", **{**arguments, **kwargs})
+        train_env = make_vec_env(env_id, args.n_envs)
+        model = cls("MlpPolicy", train_env, buffer_size=args.steps, seed=seed, device="cpu", **{**arguments, **kwargs})
         cpu_seconds = 0.0
     env = Monitor(gym.make(env_id))
     env.reset(seed=10_000 + seed)
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=["SAC", "DQS"], choices=list(VARIANTS))
     parser.add_argument("--kwargs", type=json.loads, default={}, help="more arguments of all, as JSON: '{\"gamma\": 0.95}'")
     parser.add_argument("--tag", default="", help="name of these arguments in file names and tables")
+    parser.add_argument("--n-envs", type=int, default=1, help="environments per run; a gradient step after a step of each")
     parser.add_argument("--eval-freq", type=int, default=5_000)
     parser.add_argument("--episodes", type=int, default=5, help="deterministic episodes per evaluation")
     parser.add_argument("--processes", type=int, default=2)
