@@ -34,7 +34,7 @@ def train(algo: str, env_id: str, seed: int, args: argparse.Namespace) -> Path:
     """Train by RL Zoo's command, and give the folder of the run."""
     folder = args.folder / (args.tag or "entry") / f"seed_{seed}"
     command = [sys.executable, "-W", "ignore", "-m", "rl_zoo3.train", "--algo", algo, "--env", env_id, "--seed", str(seed)]
-    command += ["-f", str(folder), "--eval-freq", str(args.eval_freq), "--log-interval", "1000000", "--num-threads", "1", "--verbose", "0"]
+    command += ["-f", str(folder), "--eval-freq", "-1", "--log-interval", "1000000", "--num-threads", "1", "--verbose", "0"]
     command += ["-n", str(args.steps)] if args.steps else []
     command += ["--gym-packages", *args.gym_packages] if args.gym_packages else []
     command += ["--hyperparams", *args.hyperparams] if args.hyperparams and algo == "dqs" else []
@@ -102,7 +102,6 @@ def main() -> None:
     parser.add_argument("--hyperparams", nargs="+", default=[], help="of DQS, instead of the entry's, as for rl_zoo3.train")
     parser.add_argument("--tag", default="", help="name of these hyperparameters in the table")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="to import, for their environments")
-    parser.add_argument("--eval-freq", type=int, default=-1, help="steps between RL Zoo's evaluations; -1 for none")
     parser.add_argument("--episodes", type=int, default=50, help="deterministic episodes of the evaluation")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("logs/zoo"))
