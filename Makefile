@@ -45,6 +45,8 @@ figures: install
 	$(BIN)/python benchmarks/returns.py --report-only --steps 100000 --env HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Humanoid-v5 \
 		--algos DQS CrossQ SAC-1e-3 SAC TQC
 	cp benchmarks/results/returns/curves_HalfCheetah-v5_Hopper-v5_Walker2d-v5_Ant-v5_Humanoid-v5_100000.png docs/returns.png
+	$(BIN)/python benchmarks/returns.py --report-only --steps 1000000 --env HalfCheetah-v5 Ant-v5 --algos DQS SAC-1e-3 --seeds 0 --tag=-8envs
+	cp benchmarks/results/returns/curves_HalfCheetah-v5_Ant-v5-8envs_1000000.png docs/returns_8envs.png
 	cd benchmarks/results && cp bandit.png tracking.png speed.png exploration.png fork.gif ../../docs/
 
 type:
