@@ -108,13 +108,13 @@ def train(variant: str, kwargs: dict[str, Any], env_id: str, seed: int, args: ar
     rows = read_rows(path)
     checkpoint = args.checkpoints / path.relative_to(args.out).with_suffix("")
     cls = find_algorithm(algorithm)
+    train_env = make_vec_env(env_id, args.n_envs)
     if rows and checkpoint.with_suffix(".zip").exists():
-        model = cls.load(checkpoint, env=make_vec_env(env_id, args.n_envs), device="cpu")
+        model = cls.load(checkpoint, env=train_env, device="cpu")
         model.load_replay_buffer(checkpoint.with_suffix(".pkl"))
         cpu_seconds = float(rows[-1]["cpu_seconds"])
     else:
         path.unlink(missing_ok=True)
-        train_env = make_vec_env(env_id, args.n_envs)
         model = cls("MlpPolicy", train_env, buffer_size=args.steps, seed=seed, device="cpu", **{**arguments, **kwargs})
         cpu_seconds = 0.0
     env = Monitor(gym.make(env_id))
