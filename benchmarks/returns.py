@@ -40,7 +40,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_dqs.averaging import RunningAverage
-from sb3_dqs.buffers import RecentReplayBuffer
 from sb3_dqs.dqs_paper import PAPER
 
 matplotlib.use("Agg")
@@ -77,17 +76,13 @@ class AveragedSAC(SAC):
 
 # Name: class and arguments. All networks are 256x256, and gradient steps one per step, so that differences are the algorithm's
 WIDE = {"policy_kwargs": {"net_arch": [256, 256]}}
-RECENT = {"replay_buffer_class": RecentReplayBuffer}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAC": ("SAC", WIDE),
     "SAC-1e-3": ("SAC", {**WIDE, "learning_rate": 1e-3}),
     "SAC-1e-3-averaged": ("AveragedSAC", {**WIDE, "learning_rate": 1e-3}),
-    "SAC-1e-3-recent": ("SAC", {**WIDE, **RECENT, "learning_rate": 1e-3}),
     "TQC": ("TQC", WIDE),
     "CrossQ": ("CrossQ", WIDE),
-    "CrossQ-recent": ("CrossQ", {**WIDE, **RECENT}),
     "DQS": ("DQS", WIDE),
-    "DQS-recent": ("DQS", {**WIDE, **RECENT}),
     "DQS-actor": ("DQS", {"policy_kwargs": {"net_arch": [256, 256], "actor_averaging_rate": 1}}),
     "DQS-3e-4": ("DQS", {**WIDE, "learning_rate": 3e-4}),
     "DQS-paper": ("DQS", {**PAPER, "learning_rate": 3e-4, "policy_kwargs": {"net_arch": [256, 256], "critic_class": "mlp"}}),

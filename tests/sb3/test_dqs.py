@@ -22,7 +22,6 @@ from torch.nn.utils import prune
 from toys import OneStepEnv, RandomEnv, Recorder, RecordingCritic, TwoRecorders, same
 
 from sb3_dqs import DQS, MlpPolicy
-from sb3_dqs.buffers import RecentDictReplayBuffer, RecentNStepReplayBuffer, RecentReplayBuffer
 from sb3_dqs.density import log_det_tanh
 from sb3_dqs.noise import c_out
 from sb3_dqs.temperature import AutoTemperature
@@ -723,24 +722,6 @@ class TestSurroundings:
         env = BitFlippingEnv(n_bits=4, continuous=True)
         model = make_model("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=30).learn(80)
         assert env.action_space.contains(model.predict(env.reset()[0], deterministic=True)[0])
-
-    @pytest.mark.parametrize(
-        ("cls", "replay_buffer_kwargs"),
-        [
-            (RecentReplayBuffer, {"recent_share": 0.3}),
-            (RecentNStepReplayBuffer, {"n_steps": 2, "gamma": 0.9}),
-            (RecentDictReplayBuffer, {"recent_size": 5}),
-        ],
-    )
-    def test_recent_transitions(self, make_model, tmp_path, cls, replay_buffer_kwargs):
-        part, actions = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))
-        policy, space = ("MultiInputPolicy", spaces.Dict({"x": part})) if "Dict" in cls.__name__ else ("MlpPolicy", part)
-        kwargs = {"replay_buffer_class": cls, "replay_buffer_kwargs": replay_buffer_kwargs, "buffer_size": 40}
-        model = make_model(policy, RandomEnv(space, actions), **kwargs).learn(80)
-        model.save(tmp_path / "model")
-        loaded = DQS.load(tmp_path / "model", env=RandomEnv(space, actions))
-        assert type(loaded.replay_buffer) is cls
-        loaded.learn(60)
 
     def test_vec_normalize_and_subprocesses(self, make_model):
         subprocesses = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "fork"}}
