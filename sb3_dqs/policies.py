@@ -1,19 +1,15 @@
 """Policies of DQS: they build the actor, the critics and their optimizers, and predict."""
 
-import contextlib
-import copy
-import functools
 import re
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import TanhBijector
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -28,12 +24,13 @@ from sb3_dqs import fast
 from sb3_dqs.actor import Actor
 from sb3_dqs.averaging import RunningAverage
 from sb3_dqs.batch_norm_critic import BatchNormCritic
+from sb3_dqs.checks.critic import check_critic
 from sb3_dqs.critics import Critic, MlpCritic
 from sb3_dqs.finite import LOAD_EARLIER, is_finite
 from sb3_dqs.noise import NoiseLevels
-from sb3_dqs.observations import zero_observations
 from sb3_dqs.saving import atomic
 from sb3_dqs.solvers import MAX_UNSQUASHED, Solver, dpm_solver_2m
+from sb3_dqs.training_mode import Lock, locked
 from sb3_dqs.warn_once import warn_once
 
 CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
@@ -45,39 +42,6 @@ CALL_ERROR = re.compile(
     r"unexpected keyword argument|multiple values for argument|required (positional|keyword-only) argument|"
     r"takes .* positional arguments? but"
 )
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class _Lock:
-    """One thread at a time; a copy is another lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type["_Lock"], tuple[()]]:
-        return _Lock, ()
-
-
-def locked(method: Method) -> Method:
-    """
-    For methods that set the training mode: another thread that predicts waits until ``train()`` is over.
-
-    :param method: of a policy, or of an algorithm that has one
-    """
-
-    @functools.wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with getattr(self, "policy", self).lock:
-            return method(self, *args, **kwargs)
-
-    return alone  # type: ignore[return-value]
 
 
 class DQSPolicy(BasePolicy):
@@ -174,7 +138,7 @@ class DQSPolicy(BasePolicy):
                     key=name,
                 )
 
-        self.lock = _Lock()
+        self.lock = Lock()
 
         if net_arch is None:
             net_arch = [256, 256]
@@ -233,7 +197,7 @@ class DQSPolicy(BasePolicy):
             critic_parameters = list(self.critic.parameters())
 
         if self.critic_class not in CRITICS.values():
-            self._check_critic()
+            check_critic(self.critic, self.observation_space, self.action_space)
 
         if self.critic_class.has_target:
             # Critic target should not share the features extractor with critic
@@ -254,57 +218,6 @@ class DQSPolicy(BasePolicy):
             kwargs = {**self.critic_class.adam_kwargs, **kwargs}
         kwargs = fast.optimizer_kwargs(self.optimizer_class, kwargs, parameters)
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
-
-    def _check_critic(self) -> None:
-        """
-        Call the methods of the critic for two observations of zeros.
-
-        :raises ValueError: if one of them fails or gives a wrong shape, and if the gradient of the values with respect to the
-            actions, or of the loss with respect to the critic's parameters, is missing
-        """
-        n_states, n_actions, action_dim = 2, 3, self.actor.action_dim
-        obs = zero_observations(self.observation_space, n_states, self.device)
-        actions = th.zeros(n_states, n_actions, action_dim, device=self.device)
-        start = f"policy_kwargs: `critic_class`={self.critic_class.__name__}"
-
-        def call(method: str, function: Callable[[], th.Tensor], *expected: int | None) -> th.Tensor:
-            try:
-                result = function()
-            except Exception as error:
-                raise ValueError(
-                    f"{start}: {method} fails on {n_states} observations of zeros ({type(error).__name__}: {error}); "
-                    "see sb3_dqs.critics.Critic for what it must return."
-                ) from error
-            shape = tuple(getattr(result, "shape", ("none",)))
-            if len(shape) != len(expected) or any(
-                want not in (None, size) for size, want in zip(shape, expected, strict=True)
-            ):
-                wanted = ", ".join("m" if size is None else str(size) for size in expected)
-                raise ValueError(f"{start}: {method} must give shape ({wanted}), got {shape}.")
-            return result
-
-        critic, before = self.critic, copy.deepcopy(self.critic.state_dict())
-        with evaluation_mode(critic), th.enable_grad():
-            with th.no_grad():
-                targets = call("backup_values", lambda: critic.backup_values(obs, actions[:, 0]), n_states, None)
-            values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
-            first = actions[:, 0].detach()
-            call("loss", lambda: critic.loss(obs, first, th.zeros_like(targets)))
-            loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, th.zeros_like))
-        if not has_gradient(values, [actions]):
-            raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
-        registered = set(critic.parameters())
-        n_unregistered = sum(leaf not in registered for leaf in leaves(loss))
-        if n_unregistered > 0:
-            raise ValueError(
-                f"{start}: loss depends on {n_unregistered} weights that are not registered as its parameters and would not "
-                "be trained; keep networks in a torch.nn.ModuleList, register each that is in `q_networks` by add_module(), "
-                "and call requires_grad_(False) on one that stays constant."
-            )
-        networks = [param for name, param in critic.named_parameters() if not name.startswith("features_extractor.")]
-        if not has_gradient(loss, networks):
-            raise ValueError(f"{start}: the gradient of loss reaches none of its registered networks; compute loss by them.")
-        critic.load_state_dict(before)  # loss() may have changed buffers
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -535,53 +448,6 @@ class DQSPolicy(BasePolicy):
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
-
-
-@th.enable_grad()
-def has_gradient(value: th.Tensor, inputs: Iterable[th.Tensor]) -> bool:
-    """
-    Whether the gradient of a value reaches any of the inputs.
-
-    :param value: of any shape
-    :param inputs: tensors; those that require no gradient do not count
-    :return: False also without inputs
-    """
-    inputs = [tensor for tensor in inputs if tensor.requires_grad]
-    if not inputs or not value.requires_grad:
-        return False
-    return any(gradient is not None for gradient in th.autograd.grad(value.sum(), inputs, allow_unused=True))
-
-
-def leaves(value: th.Tensor) -> Iterator[th.Tensor]:
-    """
-    The tensors without history that a value depends on.
-
-    :param value: a tensor
-    """
-    nodes, seen = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            yield node.variable  # type: ignore[attr-defined]
-        nodes += [parent for parent, _ in node.next_functions]
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: BaseModel) -> Iterator[None]:
-    """
-    Evaluation mode inside (batch normalisation, dropout), the former one afterwards.
-
-    :param module: a policy, or a critic
-    """
-    was_training = module.training
-    module.set_training_mode(False)
-    try:
-        yield
-    finally:
-        module.set_training_mode(was_training)
 
 
 MlpPolicy = DQSPolicy

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sb3_dqs.checks import BACKUPS, EXPLORATION_NOISES
+from sb3_dqs.checks.arguments import BACKUPS, EXPLORATION_NOISES
 from sb3_dqs.denoiser_targets import DENOISER_TARGETS
 from sb3_dqs.dqs import DQS
 from sb3_dqs.policies import CRITICS

@@ -13,13 +13,13 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_dqs.checks import is_int
+from sb3_dqs.checks.values import is_int
 from sb3_dqs.denoiser_targets import effective_sample_size
 from sb3_dqs.diagnostics.importance_sampling import TemperedQ, importance_sample
 from sb3_dqs.diagnostics.metrics import box_grid, distance_ratio, grid_entropy, sample_grid, weighted_moments
 from sb3_dqs.dqs import DQS
 from sb3_dqs.observations import count, select, zero_observations
-from sb3_dqs.policies import evaluation_mode
+from sb3_dqs.training_mode import evaluation_mode
 
 # Cells of the grid, per dimension, by number of action dimensions; with more dimensions there is no grid
 GRID_CELLS = {1: 2048, 2: 128}

@@ -6,14 +6,14 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_dqs.checks import is_int
+from sb3_dqs.checks.values import is_int
 from sb3_dqs.denoiser_targets import effective_sample_size
 from sb3_dqs.diagnostics.diagnose import GRID_CELLS, check_ints, policy_and_tempered_q, to_tensors
 from sb3_dqs.diagnostics.importance_sampling import importance_sample
 from sb3_dqs.diagnostics.metrics import box_grid
 from sb3_dqs.dqs import DQS
 from sb3_dqs.observations import count
-from sb3_dqs.policies import evaluation_mode
+from sb3_dqs.training_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,7 +23,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from toys import RandomEnv
 
 from sb3_dqs import DQS, CnnPolicy, MlpPolicy
-from sb3_dqs.checks import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_arguments, check_policy
+from sb3_dqs.checks.arguments import ARGUMENT_CHECKS, POLICY_KWARGS_CHECKS, check_arguments
+from sb3_dqs.checks.policy import check_policy
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import PosteriorMean
 from sb3_dqs.finite import check_finite

@@ -344,5 +344,5 @@ def test_environment_of_openai_gym(monkeypatch):
         action_space = observation_space = object()
 
     converted = RandomEnv(OBS, ACTIONS)
-    monkeypatch.setattr("sb3_dqs.checks._patch_env", lambda env: converted if isinstance(env, Old) else env)
+    monkeypatch.setattr("sb3_dqs.checks.env._patch_env", lambda env: converted if isinstance(env, Old) else env)
     assert DQS("MlpPolicy", Old(), buffer_size=10, device="cpu").observation_space == OBS

@@ -15,7 +15,8 @@ import pytest
 from gymnasium import spaces
 
 from sb3_dqs import DQS, MlpPolicy
-from sb3_dqs.checks import check_arguments, check_policy
+from sb3_dqs.checks.arguments import check_arguments
+from sb3_dqs.checks.policy import check_policy
 from sb3_dqs.rl_zoo import convert_dqs_params, get_hyperparams_path, register, sample_dqs_params
 
 HOOK = Path(__file__).parents[2] / "rl_zoo_hook"
