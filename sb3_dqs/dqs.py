@@ -29,7 +29,7 @@ from sb3_dqs.checks.arguments import check_arguments, check_learning_rate
 from sb3_dqs.checks.collection import check_action_noise, check_buffer_fits, check_replay_buffer
 from sb3_dqs.checks.env import make_checked_env
 from sb3_dqs.checks.policy import check_policy
-from sb3_dqs.checks.temperature import check_target_entropy, check_temperature
+from sb3_dqs.checks.temperature import check_temperature
 from sb3_dqs.critics import Critic
 from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, make_denoiser_target
 from sb3_dqs.exploration import PinkLatents
@@ -39,7 +39,7 @@ from sb3_dqs.observations import count, select
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.sac_attributes import SACAttributes
 from sb3_dqs.saving import atomic, check_model_file
-from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature, read_target_entropy
+from sb3_dqs.temperature import Temperature, make_temperature, read_target_entropy
 from sb3_dqs.training_mode import evaluation_mode, locked
 from sb3_dqs.warn_once import warn_once
 
@@ -273,6 +273,19 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
             raise ValueError(f"`buffer_size` must fit into memory, got {self.buffer_size}: {error}.") from error
         self.policy_kwargs = policy_kwargs
         self._create_aliases()
+        self._warn_about_arguments()
+        # Running mean and running var
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.target_entropy = read_target_entropy(self.target_entropy, self.actor.action_dim)
+        self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
+        check_temperature(self.temperature, self._current_progress_remaining, self.actor.action_dim)
+        self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
+        self.pink_latents = PinkLatents(self.actor.action_dim).to(self.device)
+        if self.augmentation is not None:
+            self.augmentation.to(self.device)
+
+    def _warn_about_arguments(self) -> None:
         for name in () if self.critic.has_target else ("tau", "target_update_interval"):
             if getattr(self, name) != inspect.signature(DQS.__init__).parameters[name].default:
                 warn_once(
@@ -290,23 +303,6 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
                 '`exploration_noise="pink"` has no effect with use_sde=True, which keeps one noise for sde_sample_freq '
                 "steps; leave out one of the two arguments."
             )
-        # Running mean and running var
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        self.target_entropy = read_target_entropy(self.target_entropy, self.actor.action_dim)
-        self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
-        check_temperature(self.temperature, self._current_progress_remaining)
-        if isinstance(self.temperature, AutoTemperature):
-            check_target_entropy(self.temperature.target_entropy, self.actor.action_dim)
-            if self.temperature.action_dim != self.actor.action_dim:
-                raise ValueError(
-                    f"`ent_coef`: the environment's actions have {self.actor.action_dim} dimensions, "
-                    f"got an AutoTemperature with action_dim={self.temperature.action_dim}."
-                )
-        self.target_estimator = make_denoiser_target(self.denoiser_target, self.n_mc_samples).to(self.device)
-        self.pink_latents = PinkLatents(self.actor.action_dim).to(self.device)
-        if self.augmentation is not None:
-            self.augmentation.to(self.device)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -397,7 +393,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
 
             self._n_updates += 1
 
-        check_temperature(self.temperature, self._current_progress_remaining)
+        check_temperature(self.temperature, self._current_progress_remaining, self.actor.action_dim)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if logs:
             # One transfer from a GPU

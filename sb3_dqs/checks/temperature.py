@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 
 from sb3_dqs.checks.values import show
-from sb3_dqs.temperature import Temperature, make_temperature
+from sb3_dqs.temperature import AutoTemperature, Temperature, make_temperature
 
 
 def check_ent_coef(ent_coef: Any) -> None:
@@ -44,13 +44,14 @@ def check_target_entropy(target_entropy: float, action_dim: int) -> None:
         )
 
 
-def check_temperature(temperature: Temperature, progress_remaining: float) -> None:
+def check_temperature(temperature: Temperature, progress_remaining: float, action_dim: int) -> None:
     """
-    Check the present value of a temperature.
+    Check the present value of a temperature, and the target of one that is tuned.
 
     :param temperature: what ``ent_coef`` has made
     :param progress_remaining: remaining progress of the training, from 1 to 0
-    :raises ValueError: if the value is not a positive, finite 0-d tensor
+    :param action_dim: d
+    :raises ValueError: if the value is not a positive, finite 0-d tensor, or the target is of other actions
     """
     value = temperature(progress_remaining)
     if not (isinstance(value, th.Tensor) and value.ndim == 0 and 0 < value < math.inf):
@@ -58,3 +59,10 @@ def check_temperature(temperature: Temperature, progress_remaining: float) -> No
             f"`ent_coef`: {type(temperature).__name__}.forward({progress_remaining:g}) must return a positive, finite 0-d "
             f"tensor, got {value!r}."
         )
+    if isinstance(temperature, AutoTemperature):
+        check_target_entropy(temperature.target_entropy, action_dim)
+        if temperature.action_dim != action_dim:
+            raise ValueError(
+                f"`ent_coef`: the environment's actions have {action_dim} dimensions, got an AutoTemperature with "
+                f"action_dim={temperature.action_dim}."
+            )
