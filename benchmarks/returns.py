@@ -5,8 +5,8 @@ Returns of DQS and its peers while they learn.
 
 One process per core. Each run appends a row per evaluation to a CSV file of its own below ``benchmarks/results/returns`` and
 saves the model and its buffer beside ``--checkpoints``, from where a stopped run goes on. A run whose file has all rows is
-not run again. Prints the returns at the last common step and at equal CPU time as interquartile means over seeds with
-bootstrap intervals, and the mean of the last ten evaluations of every run, and saves the learning curves.
+not run again. Prints the returns of the finished runs, after all steps and at the CPU time of the fastest, as interquartile
+means over seeds with bootstrap intervals, and saves the learning curves.
 """
 
 import argparse
@@ -44,6 +44,10 @@ from sb3_dqs.dqs_paper import PAPER
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+# SAC at a million steps, with wide networks: what returns are divided by
+PUBLISHED_SAC = {"HalfCheetah-v5": 11321, "Hopper-v5": 2786, "Walker2d-v5": 4537, "Ant-v5": 5732, "Humanoid-v5": 4824}
 
 
 class AveragedSAC(SAC):
@@ -153,43 +157,73 @@ def curves_of(variant: str, env_id: str, paths: list[Path]) -> list[np.ndarray]:
     return [np.array([[float(row[k]) for k in ("step", "cpu_seconds", "return")] for row in rows]) for rows in curves if rows]
 
 
-def summary(curves: list[np.ndarray], column: int, limit: float) -> str:
-    """Interquartile mean of the last return up to the limit, of steps or CPU seconds, with its interval."""
-    returns = np.array([curve[curve[:, column] <= limit, 2][-1] for curve in curves if (curve[:, column] <= limit).any()])
-    if len(returns) == 0:
-        return ""
-    low, high = bootstrap_interval(returns)
-    return f"{iqm(returns):.0f} ({low:.0f} to {high:.0f}; {len(returns)})"
+def summary(values: list[float]) -> str:
+    """Interquartile mean over seeds, and from two seeds on its interval."""
+    if len(values) < 2:
+        return "".join(f"{value:.0f}" for value in values)
+    low, high = bootstrap_interval(np.array(values))
+    return f"{iqm(np.array(values)):.0f} ({low:.0f} to {high:.0f})"
 
 
-def report(results: dict[str, dict[str, list[np.ndarray]]], path: Path) -> None:
+def table_row(curves: list[np.ndarray], steps: int, cpu_seconds: float) -> list[str]:
+    """Returns of the finished runs, and the last evaluation of the others."""
+    finished = [curve for curve in curves if curve[-1, 0] >= steps]
+    return [
+        str(len(finished)),
+        summary([curve[-1, 2] for curve in finished]),
+        summary([curve[-10:, 2].mean() for curve in finished]),
+        "; ".join(f"{curve[-10:, 2].mean():.0f}, {curve[-10:, 2].min():.0f}" for curve in finished),
+        summary([curve[curve[:, 1] <= cpu_seconds, 2][-1] for curve in finished if curve[0, 1] <= cpu_seconds]),
+        "; ".join(f"{curve[-1, 2]:.0f} at {curve[-1, 0]:.0f}" for curve in curves if curve[-1, 0] < steps),
+    ]
+
+
+def plot_curves(ax: Axes, curves: list[np.ndarray], steps: int, color: str, label: str) -> None:
+    """A thin line per run; a thick one and its interval for the interquartile mean of the finished runs."""
+    for curve in curves:
+        ax.plot(curve[:, 0], curve[:, 2], color=color, alpha=0.4, linewidth=0.7)
+    finished = [curve for curve in curves if curve[-1, 0] >= steps]
+    ax.plot([], [], color=color, label=f"{label} ({len(finished)} seed{'s' * (len(finished) > 1)})" if finished else f"{label} (stopped)")
+    if finished:
+        returns = np.array([curve[:, 2] for curve in finished])
+        ax.plot(finished[0][:, 0], iqm(returns.T), color=color)
+    if len(finished) > 1:
+        intervals = np.array([bootstrap_interval(column) for column in returns.T])
+        ax.fill_between(finished[0][:, 0], *intervals.T, color=color, alpha=0.2, linewidth=0)
+
+
+def mean_over_published(variants: dict[str, list[np.ndarray]], steps: int) -> str:
+    """Mean over environments of the mean return of the finished runs, over SAC's published return at a million steps."""
+    ratios = []
+    for env_id, curves in variants.items():
+        finished = [curve for curve in curves if curve[-1, 0] >= steps]
+        if not finished or env_id not in PUBLISHED_SAC:
+            return ""
+        ratios.append(np.mean([[curve[-1, 2], curve[-10:, 2].mean()] for curve in finished], axis=0) / PUBLISHED_SAC[env_id])
+    last, last_ten = np.mean(ratios, axis=0)
+    return f"{last:.2f} after {steps} steps, {last_ten:.2f} over the last ten evaluations"
+
+
+def report(results: dict[str, dict[str, list[np.ndarray]]], steps: int, path: Path) -> None:
     """A table of the returns and the figure of the curves."""
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.8), squeeze=False, layout="constrained")
-    rows = []
+    rows, limits = [], []
     for ax, (env_id, variants) in zip(axes[0], results.items(), strict=True):
-        ends = [(curve[-1, 0], curve[-1, 1]) for curves in variants.values() for curve in curves]
-        last_step, cpu_seconds = (min(values) for values in zip(*ends, strict=True)) if ends else (0.0, 0.0)
+        cpu_seconds = min((c[-1, 1] for curves in variants.values() for c in curves if c[-1, 0] >= steps), default=0.0)
+        limits.append(f"{cpu_seconds:.0f} s on {env_id}")
         for color, (variant, curves) in enumerate(variants.items()):
-            row = [env_id, variant, summary(curves, 0, last_step), summary(curves, 1, cpu_seconds)]
-            rows.append([*row, "; ".join(f"{curve[-10:, 2].mean():.0f} (to {curve[-1, 0]:.0f})" for curve in curves)])
             if curves:
-                n = min(map(len, curves))
-                returns = np.array([curve[:n, 2] for curve in curves])
-                intervals = np.array([bootstrap_interval(column) for column in returns.T])
-                steps = curves[0][:n, 0]
-                ax.plot(steps, iqm(returns.T), color=f"C{color}", label=variant)
-                ax.fill_between(steps, *intervals.T, color=f"C{color}", alpha=0.2, linewidth=0)
+                rows.append([env_id, variant, *table_row(curves, steps, cpu_seconds)])
+                plot_curves(ax, curves, steps, f"C{color}", variant)
         ax.set(title=env_id, xlabel="environment steps", ylabel="return (IQM over seeds)")
         ax.legend(fontsize="small")
-        rows.append([env_id, "(compared at)", f"{last_step:.0f} steps", f"{cpu_seconds:.0f} CPU s", ""])
-    header = [
-        "env",
-        "algorithm",
-        "return, IQM (95 %; seeds) at equal steps",
-        "at equal CPU time",
-        "last ten evaluations, per seed",
-    ]
-    print_table(header, rows)
+    header = ["env", "algorithm", "runs", f"after {steps} steps, IQM (95 %)", "last ten evaluations, IQM (95 %)"]
+    print_table([*header, "mean and least of the ten, per seed", "at equal CPU time, IQM (95 %)", "unfinished runs"], rows)
+    print("equal CPU time:", ", ".join(limits))
+    for variant in next(iter(results.values())):
+        ratio = mean_over_published({env_id: variants[variant] for env_id, variants in results.items()}, steps)
+        if ratio:
+            print(f"{variant} over SAC's published returns, mean over the environments: {ratio}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print("curves:", path)
@@ -236,7 +270,7 @@ def main() -> None:
         }
         for env_id in args.env
     }
-    report(results, args.out / f"curves_{'_'.join(args.env)}{args.tag}_{args.steps}.png")
+    report(results, args.steps, args.out / f"curves_{'_'.join(args.env)}{args.tag}_{args.steps}.png")
 
 
 if __name__ == "__main__":
