@@ -183,7 +183,7 @@ def plot_curves(ax: Axes, curves: list[np.ndarray], steps: int, color: str, labe
     for curve in curves:
         ax.plot(curve[:, 0], curve[:, 2], color=color, alpha=0.4, linewidth=0.7)
     finished = [curve for curve in curves if curve[-1, 0] >= steps]
-    ax.plot([], [], color=color, label=f"{label} ({len(finished)} seed{'s' * (len(finished) > 1)})" if finished else f"{label} (stopped)")
+    ax.plot([], [], color=color, label=f"{label} (finished runs: {len(finished)})")
     if finished:
         returns = np.array([curve[:, 2] for curve in finished])
         ax.plot(finished[0][:, 0], iqm(returns.T), color=color)
