@@ -145,7 +145,7 @@ def train_actor(target: Target, estimator: str, steps: int, seed: int, n_states:
         else:
             with th.no_grad():
                 next_u, _ = model.actor.draw(model.actor.embed(obs))
-            loss, metrics = model.next_actor_loss(obs, next_u, dones, ent_coef)
+            loss, metrics = model.next_actor_loss(obs, next_u, ent_coef)
             n_targets.append(round(model.next_share * BATCH_SIZE) * model.n_copies)
         ess.append(float(metrics.get("ess", np.nan)))
         return loss

@@ -132,9 +132,9 @@ class PooledMean(DenoiserTarget):
 
         log_proposal = th.logsumexp(log_normal(candidates, center, width) - action_dim * width.log(), dim=1)
         log_weights = (density(candidates) - log_proposal).unsqueeze(1) + log_normal(candidates, x, sigma)
-        # Of the draws only that of x itself is a draw from p(u|x)
-        is_foreign = ~th.eye(n_draws, dtype=th.bool, device=x.device)
-        log_weights[:, :, :n_draws].masked_fill_(is_foreign, -math.inf)
+        if u.shape[1] > 1:  # of the draws only that of x itself is a draw from p(u|x)
+            is_foreign = ~th.eye(n_draws, dtype=th.bool, device=x.device)
+            log_weights[:, :, :n_draws].masked_fill_(is_foreign, -math.inf)
         log_weights = th.log_softmax(log_weights, dim=2)
         return log_weights.exp() @ candidates, {"ess": effective_sample_size(log_weights).mean()}
 

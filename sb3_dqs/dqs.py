@@ -35,7 +35,7 @@ from sb3_dqs.denoiser_targets import BoltzmannDensity, DenoiserTarget, Draws, ma
 from sb3_dqs.exploration import PinkLatents
 from sb3_dqs.finite import LOAD_EARLIER, FiniteStepCallback, check_finite, check_parameters, find_not_finite
 from sb3_dqs.noise import c_out
-from sb3_dqs.observations import count, select
+from sb3_dqs.observations import count, select, where
 from sb3_dqs.policies import CnnPolicy, DQSPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dqs.sac_attributes import SACAttributes
 from sb3_dqs.saving import atomic, check_model_file
@@ -331,6 +331,9 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
             if self.augmentation is not None:
                 with th.no_grad():  # its parameters, if any, are not trained
                     obs, next_obs = self.augmentation(obs), self.augmentation(next_obs)
+            # No action follows a terminal observation, and the targets multiply its value by 0: a' is drawn at s instead, so
+            # that actor and entropy are those of states in which the policy acts
+            next_obs = where(replay_data.dones.flatten() > 0, obs, next_obs)
             # For n-step replay, discount factor is gamma**n_steps (when no early termination)
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             # A clone, because a temperature may return its buffer
@@ -355,14 +358,15 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
 
             # Actor: D(s, x, sigma) -> E[u | s, x],  tanh(u) ~ exp(Q(s, .) / ent_coef) / Z(s),  x = u + sigma eps.
             # It learns at s' from the actions of the critics' target, or, every few updates, at s from new ones
-            updates_actor = self._n_updates % self.policy_delay == 0
-            n_actor_updates = self._n_updates // self.policy_delay
-            learns_at_next = updates_actor and not self.draws_own_actions(n_actor_updates, replay_data.dones)
-            if updates_actor:
-                if learns_at_next:
-                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, replay_data.dones, ent_coef)
-                else:
+            if self._n_updates % self.policy_delay == 0:
+                if self.draws_own_actions(self._n_updates // self.policy_delay, replay_data.dones):
                     actor_loss, metrics = self.actor_loss(obs, ent_coef)
+                    # As seldom as this loss, because it is one more run of the critic and changes slowly
+                    q_spread = self.q_spread(obs)
+                    self.temperature.bound(q_spread)
+                    metrics = {**metrics, "q_spread": q_spread}
+                else:
+                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, ent_coef)
                 if actor_loss.requires_grad:  # some parameter of the actor is not frozen
                     self.actor.optimizer.zero_grad()
                     actor_loss.backward()
@@ -372,11 +376,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
                 for name, value in metrics.items():
                     logs[name].append(value)
 
-            # Temperature: entropy -> target_entropy, at s', where log pi is known; bounded by how much Q depends on the action
-            if updates_actor and not learns_at_next:
-                q_spread = self.q_spread(obs)
-                self.temperature.bound(q_spread)
-                logs["q_spread"].append(q_spread)
+            # Temperature: entropy -> target_entropy, at s', where log pi is known
             entropy = -next_log_prob.mean()
             ent_coef_loss = self.temperature.update(entropy, learning_rate)
             if ent_coef_loss is not None:
@@ -411,7 +411,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         Every ``own_draws_freq``-th update minimises ``actor_loss()``, and every update does if the estimator does not take
         next states. The others minimise ``next_actor_loss()``, which saves a run of the sampler. No next state is the first of
         an episode, so ``actor_loss()`` is minimised more often where episodes end early: if a share p of the batch terminates
-        one, by at least every ``ceil(1 / (2 p))``-th update, about twice the share of first states.
+        one, by about every ``1 / (2 p)``-th update, twice the share of first states. Time limits do not count.
 
         :param n_actor_updates: number of updates of the actor before this one
         :param dones: 1 where an episode terminates, 0 elsewhere, also at time limits; shape (batch_size, 1)
@@ -460,17 +460,15 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         self,
         next_obs: PyTorchObs,
         next_u: th.Tensor,
-        dones: th.Tensor,
         ent_coef: th.Tensor | float,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Denoising loss of the actor at random next observations of a batch, a share ``next_share`` of them. It uses the action
-        that the critics' target has drawn there, and noises it ``n_copies`` times. Observations at which an episode
-        terminates have weight 0. Moves the running means of the actor's features in training mode.
+        that the critics' target has drawn there, and noises it ``n_copies`` times. Moves the running means of the actor's
+        features in training mode.
 
-        :param next_obs: next observations
+        :param next_obs: next observations; in ``train()`` the observation itself where an episode terminates
         :param next_u: unsquashed actions of the policy there, shape (batch_size, action_dim)
-        :param dones: 1 where an episode terminates, 0 elsewhere, also at time limits; shape (batch_size, 1)
         :param ent_coef: temperature
         :return: the loss, 0-d, and scalars to log, by name
         :raises ValueError: if ``for_next_states`` of the estimator is None, see ``draws_own_actions()``
@@ -478,14 +476,11 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         estimator = self.target_estimator.for_next_states
         if estimator is None:
             raise ValueError("next_actor_loss() needs an estimator whose `for_next_states` is not None; use actor_loss().")
-        # No action follows where an episode terminates: these rows are last, and have no weight
-        order = (th.rand(len(next_u), device=self.device) + dones.flatten()).argsort()
-        rows = order[: share_of(len(next_u), self.next_share)]
+        rows = th.rand(len(next_u), device=self.device).argsort()[: share_of(len(next_u), self.next_share)]
         next_obs, u = select(next_obs, rows), next_u[rows].unsqueeze(1)
         embedding = self.actor.embed(next_obs).unsqueeze(1)
         errors, metrics = self._denoising_errors(next_obs, embedding, u, self.n_copies, estimator, ent_coef)
-        is_followed = (1 - dones[rows]).expand_as(errors)
-        return (is_followed * errors).sum() / is_followed.sum().clamp(min=1), metrics
+        return errors.mean(), metrics
 
     def _denoising_errors(
         self,

@@ -28,6 +28,22 @@ def count(obs: PyTorchObs) -> int:
     return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
+def where(condition: th.Tensor, obs: PyTorchObs, other: PyTorchObs) -> PyTorchObs:
+    """
+    Rows of one of two batches.
+
+    :param condition: True for rows of ``obs``, shape (batch_size,)
+    :param obs: Observation
+    :param other: observations of the same space
+    :return: observations of the same kind
+    """
+    if isinstance(obs, dict):
+        assert isinstance(other, dict)  # for type checker
+        return {key: where(condition, value, other[key]) for key, value in obs.items()}  # type: ignore[misc]
+    assert isinstance(other, th.Tensor)  # for type checker
+    return th.where(condition.reshape(-1, *[1] * (obs.dim() - 1)), obs, other)
+
+
 def zero_observations(space: spaces.Space, n: int, device: th.device) -> PyTorchObs:
     """
     A batch of zeros.

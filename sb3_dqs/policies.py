@@ -443,8 +443,6 @@ class DQSPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        if all(module.training == mode for module in self.modules()):
-            return  # predict() calls this at every step
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode

@@ -5,6 +5,7 @@ import io
 import os
 import secrets
 import shutil
+import time
 import warnings
 import zipfile
 import zlib
@@ -14,12 +15,9 @@ from typing import Any
 
 from stable_baselines3.common.save_util import open_path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be removed anyway
-    fcntl = None  # type: ignore[assignment]
-
 SUFFIX = ".sb3_dqs_tmp"
+# Nobody writes any more to a temporary file that has not changed for so many seconds
+ABANDONED_AFTER = 3600
 
 
 @contextlib.contextmanager
@@ -27,7 +25,7 @@ def atomic(path: str | Path | io.BufferedIOBase, suffix: str) -> Iterator[Any]:
     """
     What to write to, so that at any moment ``path`` is the old file or the new one: a temporary file beside it, which is
     renamed at the end. It is removed when an exception comes; one that a killed process left, when the same target is written
-    again.
+    an hour later or more.
 
     :param path: as SB3 takes it: gets ``suffix`` if it has none; folders are made; a file object or a device is written to
         as it is
@@ -45,9 +43,6 @@ def atomic(path: str | Path | io.BufferedIOBase, suffix: str) -> Iterator[Any]:
     temporary = target.with_name(f"{prefix}{secrets.token_hex(4)}{SUFFIX}")
     try:
         with temporary.open("xb") as file:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # not all file systems have locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -79,13 +74,11 @@ def _target(path: Path, suffix: str) -> Path:
 
 
 def _sweep(folder: Path, prefix: str) -> None:
-    """Remove the temporary files of processes that are gone: nobody holds their lock. Without locks they stay."""
+    """Remove the temporary files of killed processes, by their age."""
     for left_over in folder.glob(f"{prefix}*{SUFFIX}"):
         with contextlib.suppress(OSError):
-            if fcntl is not None:
-                with left_over.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left_over.unlink()
+            if time.time() - left_over.stat().st_mtime > ABANDONED_AFTER:
+                left_over.unlink()
 
 
 def check_model_file(path: str | Path | io.BufferedIOBase) -> None:

@@ -265,16 +265,30 @@ class TestActor:
             noise = (draws.x - draws.u) / draws.sigma
             assert abs(noise.mean()) < 5 / math.sqrt(64) and not th.allclose(noise[:, 0], noise[:, 1])
 
-    def test_learns_at_no_next_state_that_ends_an_episode(self, make_model):
-        model = make_model(denoiser_target=TwoRecorders(), next_share=1.0).learn(25)
-        obs, u = th.rand(6, 3), th.randn(6, 1)
-        for n_ends in (0, 3, 6):
-            dones = (th.arange(6) >= 6 - n_ends).float().unsqueeze(1)
-            loss, _ = model.next_actor_loss(obs, u, dones, 0.2)
-            density, draws = model.target_estimator.for_next_states.seen[-1]
-            rows = (density.obs.unsqueeze(1) == obs).all(dim=2).float().argmax(dim=1)
-            errors = ((draws.denoised - draws.u) / c_out(draws.sigma, draws.std)).pow(2)[rows < 6 - n_ends]
-            assert loss.item() == pytest.approx(errors.mean().item() if n_ends < 6 else 0, rel=1e-4)
+    @pytest.mark.parametrize("env", [OneStepEnv, lambda: BitFlippingEnv(n_bits=2, continuous=True, max_steps=3)])
+    def test_draws_at_the_observation_where_an_episode_terminates(self, make_model, env):
+        """No action follows the terminal observation."""
+        env = env()
+        policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
+        model = make_model(policy, env=env)
+        batches, embed, embedded = record_batches(model.learn(30)), model.actor.embed, []
+        model.actor.embed = lambda obs: embedded.append(obs) or embed(obs)
+        model.train(1, 64)
+        batch = batches[0]
+        obs, next_obs, drawn = (
+            th.cat([*part.values()], dim=1) if isinstance(part, dict) else part
+            for part in (batch.observations, batch.next_observations, embedded[0])
+        )
+        is_terminal = batch.dones.flatten() > 0
+        assert is_terminal.any() and th.equal(drawn, th.where(is_terminal.unsqueeze(1), obs, next_obs))
+
+    @pytest.mark.parametrize("critic_class", ["batch_norm", "mlp"])
+    def test_temperature_is_that_of_the_states_it_acts_in(self, critic_class):
+        """Where every episode is one step long: at the terminal observation nothing holds the entropy."""
+        model = DQS("MlpPolicy", OneStepEnv(), learning_rate=3e-3, batch_size=64, seed=0, device="cpu",
+                    policy_kwargs={"net_arch": [32], "critic_class": critic_class}).learn(900)  # fmt: skip
+        entropy = model.policy.entropy(th.tensor([[1.0, 0.0]]), n_actions=256).item()
+        assert float(model.ent_coef_tensor) < 0.8 and entropy == pytest.approx(model.target_entropy, abs=0.7)
 
     def test_updates_at_next_states_train_the_whole_actor_and_nothing_else(self, make_model):
         model = make_model(denoiser_target=TwoRecorders(), policy_delay=1).learn(30)
@@ -291,7 +305,7 @@ class TestActor:
     def test_next_states_need_an_estimator_for_them(self, make_model):
         model, obs = make_model(denoiser_target="energy_gradient").learn(25), th.rand(6, 3)
         with pytest.raises(ValueError, match="for_next_states"):
-            model.next_actor_loss(obs, th.randn(6, 1), th.zeros(6, 1), 0.2)
+            model.next_actor_loss(obs, th.randn(6, 1), 0.2)
 
     def test_draws_actions_of_its_own_as_often_as_episodes_begin(self, make_model):
         model = make_model(denoiser_target=TwoRecorders(), own_draws_freq=8)
@@ -547,6 +561,10 @@ class TestActor:
 
     def test_training_sees_the_entropy_that_the_policy_reports(self, make_model):
         model = make_model(learning_rate=0.0, ent_coef=0.1, env=OneStepEnv(), policy_kwargs={"diffusion_steps": 8}).learn(30)
+        with th.no_grad():  # narrow at the terminal observation [0, 1], where the policy does not act
+            model.actor.gaussian[-1].weight[2:].normal_(std=10.0)  # of the standard deviations
+        entropies = model.policy.entropy(th.eye(2), n_actions=200)
+        assert (entropies[0] - entropies[1]).abs() > 1
         model.train(30, 100)
         expected = model.policy.entropy(model.replay_buffer.sample(20).observations, n_actions=200).mean().item()
         # Fewer traces than the policy itself takes

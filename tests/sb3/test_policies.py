@@ -228,7 +228,7 @@ class TestModulesOfUsers:
         make_model(policy_kwargs={"features_extractor_class": cls}).learn(40)
 
     def test_running_statistics_of_targets_are_those_of_the_critics(self, make_model):
-        model = make_model(policy_kwargs={"features_extractor_class": NormExtractor}).learn(30)
+        model = make_model(policy_kwargs={"features_extractor_class": NormExtractor, "critic_class": "mlp"}).learn(30)
         model.train(2, 16)
         first, second = statistics(model.critic), statistics(model.critic_target)
         running = [name for name in first if "running_" in name]

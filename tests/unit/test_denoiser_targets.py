@@ -121,6 +121,18 @@ class TestPooledMean:
         targets, _ = estimator(log_density_of("linear"), make_draws(th.full_like(x, 3.0), x, sigma))
         assert (targets - denoise("linear", x, sigma)).abs().mean() < 0.03
 
+    @pytest.mark.parametrize("n_copies", [1, 2, 4])
+    def test_copies_of_one_action(self, n_copies):
+        """Of a Gaussian the mean of p(u|x) is x / (1 + sigma^2 / std^2), whatever the other copies are."""
+        std = sigma = 0.5
+        u = std * th.randn(40_000, 1, 1)
+        x = u + sigma * th.randn(40_000, n_copies, 1)
+        sigmas = th.full_like(x, sigma)
+        draws = Draws(u, x, sigmas, th.zeros_like(x), th.full_like(u, std))
+        targets, _ = PooledMean(3)(gaussian(0.0, std), draws)
+        slopes = (targets * x).mean(dim=(0, 2)) / x.pow(2).mean(dim=(0, 2))
+        assert (slopes - 0.5).abs().max() < 0.015
+
     def test_pool_is_that_of_the_state_without_the_draws_of_other_copies(self):
         density, estimator, draws = log_density_of("linear"), PooledMean(6), noisy_draws(5, 3, 2)
         th.manual_seed(1)
