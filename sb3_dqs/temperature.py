@@ -32,7 +32,7 @@ class Temperature(nn.Module):
         """
         Called once per gradient step; does nothing unless overridden.
 
-        :param entropy: estimate of the policy's entropy at the states of the batch, in nats, 0-d
+        :param entropy: estimate of the policy's entropy at the next states of the batch, in nats, 0-d
         :param learning_rate: present learning rate
         :return: the loss before the step, 0-d, to log; or None
         """
