@@ -147,8 +147,7 @@ class Actor(BasePolicy):
 
         # The running average that deterministic actions come from, see follow(); in a list, because the policy saves it
         self._averages: list[RunningAverage] = []
-        self.average_is_current = False
-        self._checked_version: int | None = None  # of the parameters, when that was found out
+        self.average_is_current = False  # as far as was noticed
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -162,9 +161,6 @@ class Actor(BasePolicy):
         if name in GAUSSIAN_PARTS:
             raise AttributeError(f"`{name}` cannot be set: {NO_GAUSSIAN}")
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_checked_version": None}  # parameters of copies count anew
 
     def _apply(self: SelfActor, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> SelfActor:
         for average in self._averages:  # goes where the actor goes
@@ -222,6 +218,8 @@ class Actor(BasePolicy):
         is_trained = self.training and th.is_grad_enabled() and self.input_norm.weight.requires_grad
         if is_trained and not is_exported:
             self.input_norm.observe(features)
+        if th.is_grad_enabled() and not is_exported:
+            self.average_is_current = False  # gradients may change the parameters
         features = self.input_norm(features)
         hidden, gaussian = self.embed_features(features), self.gaussian(features)
         # Slices, because torch 2.13 makes invalid nodes of chunk() and split() in ONNX of version 17
@@ -384,17 +382,15 @@ class Actor(BasePolicy):
         is_compiling = th.compiler.is_compiling()
         # torch before 2.7 cannot tell an export from a compilation
         is_exported = getattr(th.compiler, "is_exporting", lambda: is_compiling and not th.is_grad_enabled())()
-        if th.jit.is_tracing() or is_exported:  # values cannot be compared
-            is_unchanged = is_compiling or self._checked_version in (None, self._count_changes())
-            self.average_is_current = self.average_is_current and is_unchanged
-        elif th.is_grad_enabled():
+        is_exported = is_exported or th.jit.is_tracing()  # values cannot be compared
+        if th.is_grad_enabled() and not is_exported:
             if not is_compiling and self.average_is_current and self._averages[0].n_updates > 0:
                 warn_once(
                     "Where gradients are enabled, deterministic actions are those of the actor's last update; predict() "
                     "uses its running average: call it under torch.no_grad() for the same actions."
                 )
             return self
-        elif not is_compiling:
+        if not is_compiling and not is_exported:
             try:
                 self.notice_changes()
             except RuntimeError:  # torch.func.vmap over the parameters
@@ -403,18 +399,12 @@ class Actor(BasePolicy):
 
     def notice_changes(self) -> None:
         """Find out whether the running average follows the parameters."""
-        self.set_average_is_current(bool(self._averages) and self._averages[0].is_current(self))
+        self.average_is_current = bool(self._averages) and self._averages[0].is_current(self)
 
-    def set_average_is_current(self, is_current: bool) -> None:
-        """
-        Say whether the running average follows the parameters as they are now.
-
-        :param is_current: whether it does
-        """
-        self.average_is_current, self._checked_version = is_current, self._count_changes()
-
-    def _count_changes(self) -> int:
-        return sum(param._version for param in self.parameters())
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's. The running average does not follow what is loaded."""
+        self.average_is_current = False
+        return super().load_state_dict(*args, **kwargs)
 
     def train(self: SelfActor, mode: bool = True) -> SelfActor:
         """

@@ -254,14 +254,14 @@ class DQSPolicy(BasePolicy):
         """Move the running average of the actor, if there is one; called after every update of the actor."""
         if self.actor_average is not None:
             self.actor_average.update(self.actor)
-            self.actor.set_average_is_current(True)
+            self.actor.average_is_current = True
 
     def restart_average(self) -> None:
         """Begin the running average anew if something else changed or replaced the actor; called before updates."""
         self.actor.follow(self.actor_average)
         if self.actor_average is not None and not self.actor_average.is_current(self.actor):
             self.actor_average.restart(self.actor)
-            self.actor.set_average_is_current(False)
+            self.actor.average_is_current = False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
