@@ -163,7 +163,7 @@ class Actor(BasePolicy):
         super().__setattr__(name, value)
 
     def _apply(self: SelfActor, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> SelfActor:
-        for average in self._averages:  # goes where the actor goes
+        for average in self._averages:  # .to() and .double() of the actor convert the average, too
             average._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -346,9 +346,7 @@ class Actor(BasePolicy):
         if deterministic:
             return self.deterministic_actor().mode(obs)
         embedding = self.embed(obs)
-        denoise = fast.denoiser(self, embedding)
-        latents = self._acting_latents(embedding)
-        return th.tanh(self.solver(denoise, self.sigmas[0] * latents, self.sigmas, None))
+        return th.tanh(self.sample(embedding, self._acting_latents(embedding)))
 
     def mode(self, obs: PyTorchObs) -> th.Tensor:
         """

@@ -37,8 +37,8 @@ def averaging_rate(n_updates: float, lowest: float) -> float:
 
 class RunningAverage(nn.Module):
     """
-    Running average of a module's parameters, and the module with them in place. It notices if something other than
-    ``update()``'s caller changed the parameters, by their shapes and a sample of their elements.
+    Running average of a module's parameters, and the module with them in place. ``is_current()`` is False if the parameters
+    differ from those at the last ``update()``, in their shapes or in a sample of their elements.
 
     :param module: the module; its buffers are not averaged
     :param lowest_rate: see :func:`averaging_rate`

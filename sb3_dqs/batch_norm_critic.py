@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_dqs import averaging, fast
 from sb3_dqs.batch_norm import BatchNorm
-from sb3_dqs.critics import Critic, Energy, MakeTargets, mean_energy, minimum, squared_errors
+from sb3_dqs.critics import Critic, Energy, mean_energy, minimum, squared_errors
 from sb3_dqs.running_mean import RunningMean
 
 # Lower limit of the unit of the networks' outputs
@@ -41,7 +41,7 @@ class BatchNormCritic(Critic):
 
     With 256 inputs of unit variance to the last layer and a learning rate of 1e-3, a step of Adam moves the outputs by up to
     some tenths, which hides what an action is worth where rewards are small. So a value is the output times ``unit``, a power
-    of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - gamma * (1 - done) * ent_coef * log pi``,
+    of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - discounts * ent_coef * log pi``,
     rounded up, and at most 1; a batch whose soft rewards are all 0 leaves it as it is. When it changes, the last layers are
     rescaled, so that the values stay (as in Pop-Art, van Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
 
@@ -169,7 +169,8 @@ class BatchNormCritic(Critic):
         actions: th.Tensor,
         next_obs: PyTorchObs,
         next_actions: th.Tensor,
-        make_targets: MakeTargets,
+        soft_rewards: th.Tensor,
+        discounts: th.Tensor,
     ) -> th.Tensor:
         # The averages take up what the last update made of the networks
         n_updates = max(
@@ -177,12 +178,12 @@ class BatchNormCritic(Critic):
         )
         rate = averaging.averaging_rate(max(n_updates, 0) + 1, self.averaging_rate)
         averaging.update_average(self.averaged_networks, self.q_networks, rate)
-        self._update_unit(make_targets(actions.new_zeros(len(actions), 1)), n_updates <= 0)
+        self._update_unit(soft_rewards, n_updates <= 0)
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])
         values = [self.unit * training_pass(q_network, both) for q_network in self.q_networks]
         pairs = [both_values.split([len(inputs), len(next_inputs)]) for both_values in values]
-        targets = make_targets(minimum(next_values.detach() for _, next_values in pairs))
+        targets = soft_rewards + discounts * minimum(next_values.detach() for _, next_values in pairs)
         return squared_errors((q_values for q_values, _ in pairs), targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:

@@ -17,8 +17,6 @@ from sb3_dqs import fast
 
 # From actions in [-1, 1], shape (batch_size, n_actions, action_dim), to values, shape (batch_size, n_actions)
 Energy = Callable[[th.Tensor], th.Tensor]
-# From backup values to ``r + gamma * (1 - done) * (backup_values - ent_coef * log pi)``, both of shape (batch_size, m)
-MakeTargets = Callable[[th.Tensor], th.Tensor]
 
 
 def minimum(q_values: Iterable[th.Tensor]) -> th.Tensor:
@@ -69,7 +67,7 @@ class Critic(BaseModel, ABC):
 
         :param obs: Observation
         :param actions: actions in [-1, 1], shape (batch_size, action_dim)
-        :param targets: ``r + gamma * (1 - done) * (backup_values - ent_coef * log pi)``, shape (batch_size, m)
+        :param targets: ``soft_rewards + discounts * backup_values``, see ``td_loss()``, shape (batch_size, m)
         :return: scalar
         """
 
@@ -80,21 +78,25 @@ class Critic(BaseModel, ABC):
         actions: th.Tensor,
         next_obs: PyTorchObs,
         next_actions: th.Tensor,
-        make_targets: MakeTargets,
+        soft_rewards: th.Tensor,
+        discounts: th.Tensor,
     ) -> th.Tensor:
         """
-        What ``DQS.train()`` minimises. Override it where both sides of the Bellman equation need one pass.
+        What ``DQS.train()`` minimises: ``loss()`` with the right-hand side of the soft Bellman equation for targets. Override
+        it where both sides of the equation need one pass.
 
         :param critic_target: the target network
         :param obs: Observation
         :param actions: actions in [-1, 1], shape (batch_size, action_dim)
         :param next_obs: next observations
         :param next_actions: actions of the policy there, shape (batch_size, action_dim)
-        :param make_targets: from backup values to targets
+        :param soft_rewards: rewards with the entropy of the next state, ``r - discounts * ent_coef * log pi(a'|s')``, or ``r``
+            with a hard backup, shape (batch_size, 1)
+        :param discounts: ``(1 - done) * gamma``, or ``(1 - done) * gamma**n`` for n-step returns, shape (batch_size, 1)
         :return: scalar
         """
         with th.no_grad():
-            targets = make_targets(critic_target.backup_values(next_obs, next_actions))
+            targets = soft_rewards + discounts * critic_target.backup_values(next_obs, next_actions)
         return self.loss(obs, actions, targets)
 
     @abstractmethod

@@ -51,20 +51,6 @@ def share_of(n_states: int, share: float) -> int:
     return min(max(math.ceil(share * n_states), 2), n_states)
 
 
-def td_targets(rewards: th.Tensor, discounts: th.Tensor, bonus: th.Tensor | float, backup_values: th.Tensor) -> th.Tensor:
-    """
-    Right-hand side of the soft Bellman equation: the regression targets of the critics.
-
-    :param rewards: shape (batch_size, 1)
-    :param discounts: ``(1 - done) * gamma``, or ``(1 - done) * gamma**n`` for n-step returns; shape (batch_size, 1)
-    :param bonus: entropy term, ``-ent_coef * log pi(a'|s')``, shape (batch_size, 1), or 0
-    :param backup_values: what the critic's ``backup_values()`` gives at (s', a'), m numbers per state: 1, or the quantiles
-        that it keeps; shape (batch_size, m)
-    :return: shape (batch_size, m)
-    """
-    return rewards + discounts * (backup_values + bonus)
-
-
 class DQS(SACAttributes, OffPolicyAlgorithm):
     """
     Diffusion Q-Sampling (DQS)
@@ -125,7 +111,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         Setting it to auto, the code will be run on the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param n_mc_samples: Number of Monte Carlo samples K of the denoiser's target: how many actions the critic evaluates per
-        target, at least 2; larger is more accurate and slower
+        target, at least 2; larger is more accurate and slower. An instance as ``denoiser_target`` has a number of its own
     :param own_draws_freq: Every ``own_draws_freq``-th update of the actor minimises ``actor_loss()``, with new actions at the
         batch's observations. The others minimise ``next_actor_loss()``, with the actions that the critics' target has drawn
         at the next observations, if the estimator allows it; see ``draws_own_actions()``
@@ -336,6 +322,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
             next_obs = where(replay_data.dones.flatten() > 0, obs, next_obs)
             # For n-step replay, discount factor is gamma**n_steps (when no early termination)
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
+            discounts = (1 - replay_data.dones) * discounts
             # A clone, because a temperature may return its buffer
             ent_coef = self.temperature(self._current_progress_remaining).clone()
 
@@ -345,11 +332,12 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
                 # a' = tanh(next_u)
                 next_u, next_log_prob = self.actor.draw(self.actor.embed(next_obs))
                 # entropy term
-                bonus = -ent_coef * next_log_prob.unsqueeze(1) if self.backup == "soft" else 0.0
-            # td_loss() calls it with Q_target(s', a'), because a batch-normalised critic takes (s, a) and (s', a') in one pass
-            make_targets = partial(td_targets, replay_data.rewards, (1 - replay_data.dones) * discounts, bonus)
+                soft_rewards = replay_data.rewards
+                if self.backup == "soft":
+                    soft_rewards = soft_rewards - discounts * ent_coef * next_log_prob.unsqueeze(1)
+            # td_loss() adds the discounted values, because a batch-normalised critic takes (s, a) and (s', a') in one pass
             critic_loss = self.critic.td_loss(
-                self.critic_target, obs, replay_data.actions, next_obs, th.tanh(next_u), make_targets
+                self.critic_target, obs, replay_data.actions, next_obs, th.tanh(next_u), soft_rewards, discounts
             )
             self.critic.optimizer.zero_grad()
             critic_loss.backward()

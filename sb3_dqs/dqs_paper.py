@@ -18,13 +18,13 @@ PAPER = {
 }
 
 
-def with_plain_critic(policy_kwargs: str) -> str:
-    """The paper's critic is that of SAC: ``dict(net_arch=...)`` of an entry, with this argument."""
-    return policy_kwargs if "critic_class" in policy_kwargs else policy_kwargs.replace("dict(", "dict(critic_class='mlp', ", 1)
-
-
-# The name that RL Zoo looks for
+# The name that RL Zoo looks for. Zoo evaluates policy_kwargs; the paper's critic is that of SAC
 hyperparams = {
-    env_id: {"learning_rate": 3e-4, **entry, **PAPER, "policy_kwargs": with_plain_critic(entry.get("policy_kwargs", "dict()"))}
+    env_id: {
+        "learning_rate": 3e-4,
+        **entry,
+        **PAPER,
+        "policy_kwargs": f"{{'critic_class': 'mlp', **{entry.get('policy_kwargs', 'dict()')}}}",
+    }
     for env_id, entry in yaml.safe_load(get_hyperparams_path().read_text(encoding="utf-8")).items()
 }

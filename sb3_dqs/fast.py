@@ -1,7 +1,8 @@
 """
-Speed, and nothing else: every function here computes what a plain one computes, up to rounding, and calls the modules as they
-are where that is not certain: subclasses of ``nn.Linear`` and ``nn.ReLU``, hooks, quantised weights, a ``forward`` that was
-replaced. Inside ``with fast.disabled():`` all of them are plain.
+Speed, and nothing else: every function here computes what a plain one computes, up to the rounding of its precision, and calls
+the modules as they are where that is not certain: subclasses of ``nn.Linear`` and ``nn.ReLU``, hooks, quantised weights, a
+``forward`` that was replaced. Inside ``with fast.disabled():`` modules and target updates are plain; the optimizer, the
+precision of the training and compiled functions stay.
 """
 
 import contextlib

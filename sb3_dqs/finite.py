@@ -92,9 +92,7 @@ class FiniteStepCallback(BaseCallback):
             what = f"{what} of environment {env_index} (of 0 to {n_envs - 1}; the step counts all of them)"
         remedy = "Fix the environment (gymnasium's check_env and SB3's VecCheckNan find the place)"
         if self.model.get_vec_normalize_env() is not None:
-            remedy += (
-                "; VecNormalize's statistics have taken the number in: load them from an earlier file (VecNormalize.load)"
-            )
+            remedy += "; VecNormalize's statistics contain this number: load them from an earlier file (VecNormalize.load)"
         check_finite(what, value, self.model.num_timesteps, f"{remedy}. Earlier checkpoints are not affected")
 
     def check_observation(self, what: str, obs: Any, env_index: int | None = None) -> None:
@@ -138,7 +136,7 @@ def check_parameters(
     policy: nn.Module, optimizers: Iterable[th.optim.Optimizer], num_timesteps: int, learning_rate: float
 ) -> None:
     """
-    One norm over what the optimizers move: 0.7 % of a gradient step (0.15 of 22 ms on one core, with the default networks).
+    One norm over what the optimizers move.
 
     :param policy: has the names
     :param optimizers: of its parts

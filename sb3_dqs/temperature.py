@@ -78,8 +78,6 @@ class ScheduledTemperature(Temperature):
         self.schedule = schedule
 
     def forward(self, progress_remaining: float) -> th.Tensor:
-        # SB3's remaining progress falls below 0 when the last rollout overshoots
-        progress_remaining = max(progress_remaining, 0.0)
         value = float(self.schedule(progress_remaining))
         if not (0 < value < math.inf):
             raise ValueError(

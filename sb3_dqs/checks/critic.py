@@ -48,7 +48,8 @@ def check_critic(critic: Critic, observation_space: spaces.Space, action_space: 
         values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
         first = actions[:, 0].detach()
         call("loss", lambda: critic.loss(obs, first, th.zeros_like(targets)))
-        loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, th.zeros_like))
+        zeros = th.zeros(n_states, 1, device=critic.device)
+        loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, zeros, zeros))
     if not has_gradient(values, [actions]):
         raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
     registered = set(critic.parameters())

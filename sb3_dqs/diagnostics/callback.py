@@ -63,7 +63,7 @@ class DiagnosticCallback(BaseCallback):
         check_dims(self.dims, self.model.actor.action_dim)
 
     def _on_training_start(self) -> None:
-        # Whoever has made a gradient step since then has a replay buffer to draw from
+        # A gradient step in this call of learn() means that the replay buffer is not empty
         self._n_updates_before = self.model._n_updates
 
     def _on_step(self) -> bool:

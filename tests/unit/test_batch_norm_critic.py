@@ -35,6 +35,10 @@ def batch(n: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
     return th.randn(n, 3), 2 * th.rand(n, 2) - 1, th.randn(n, 3), 2 * th.rand(n, 2) - 1
 
 
+def rewards_and_discounts(reward: float, n: int = 8, discount: float = 0.5) -> tuple[th.Tensor, th.Tensor]:
+    return th.full((n, 1), reward), th.full((n, 1), discount)
+
+
 def reference(network: nn.Sequential) -> nn.Sequential:
     """The same network with the layers of torch, in training mode."""
     layers = []
@@ -119,16 +123,11 @@ def test_averages_follow_the_networks_and_are_not_learned(lowest, n_updates, rat
         parameter.mul_(2)
     assert not any(parameter.requires_grad for parameter in critic.averaged_networks.parameters())
     before, networks = (copy.deepcopy(module).state_dict() for module in (critic.averaged_networks, critic.q_networks))
-    critic.td_loss(critic, *batch(8), lambda values: values).backward()
+    critic.td_loss(critic, *batch(8), *rewards_and_discounts(0.0, discount=1.0)).backward()
     for name, value in critic.averaged_networks.state_dict().items():
         if not name.endswith("extra_state"):
             assert th.allclose(value, before[name] + rate * (networks[name] - before[name]), atol=1e-6), name
     assert all(parameter.grad is None for parameter in critic.averaged_networks.parameters())
-
-
-def targets_of(reward: float):
-    """Backup values to targets, with gamma 0.5 and no entropy term."""
-    return lambda values: reward + 0.5 * values
 
 
 @given(reward=st.floats(1e-6, 1e6), ratio=st.sampled_from([1.0, 2.0, 4.0]))
@@ -136,7 +135,7 @@ def targets_of(reward: float):
 def test_the_unit_is_a_power_of_two_that_follows_the_rewards(reward, ratio):
     critic = make_critic(unit_ratio=ratio)
     networks = copy.deepcopy(critic.q_networks)
-    critic.td_loss(critic, *batch(8), targets_of(reward))
+    critic.td_loss(critic, *batch(8), *rewards_and_discounts(reward))
     unit = float(critic.unit)
     assert np.log2(unit) == round(np.log2(unit))
     assert unit == 1 if ratio * reward >= 1 else unit == 2**-10 or 1 <= unit / (ratio * reward) * (1 + 1e-5) <= 2.001
@@ -148,7 +147,7 @@ def test_the_unit_is_a_power_of_two_that_follows_the_rewards(reward, ratio):
 def test_rewards_that_are_all_zero_leave_the_unit(rewards):
     critic = make_critic(momentum=0.5, unit_ratio=2)
     for reward in rewards:
-        critic.td_loss(critic, *batch(8), targets_of(reward))
+        critic.td_loss(critic, *batch(8), *rewards_and_discounts(reward))
     assert float(critic.unit) == (0.125 if any(rewards) else 1)
 
 
@@ -156,7 +155,7 @@ def test_rewards_that_are_all_zero_leave_the_unit(rewards):
 def test_the_largest_finite_rewards_leave_the_running_mean_finite(is_first):
     critic = make_critic()
     critic.q_networks[0][0].n_batches = 0 if is_first else 1
-    critic.td_loss(critic, *batch(8), targets_of(1e38))
+    critic.td_loss(critic, *batch(8), *rewards_and_discounts(1e38))
     assert float(critic.unit) == 1 and critic.mean_square.value.isfinite()
 
 
@@ -172,7 +171,7 @@ def test_values_stay_when_the_unit_changes(reward):
     obs, actions, *_ = inputs = batch(8)
     critic.averaged_networks.load_state_dict(critic.q_networks.state_dict())  # the averages stay
     before = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
-    critic.td_loss(critic, *inputs, targets_of(reward))
+    critic.td_loss(critic, *inputs, *rewards_and_discounts(reward))
     assert float(critic.unit) == {1.0: 1.0, 0.05: 0.125, 1e-6: 2**-10}[reward]
     after = th.cat(critic(obs, actions)), critic.energy(obs)(actions.unsqueeze(1))
     assert all(th.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(before, after, strict=True))
@@ -192,7 +191,7 @@ def test_last_layers_of_the_user_keep_their_unit(change):
     critic = make_critic()
     critic.q_networks[0][-1] = change(critic.q_networks[0][-1])
     critic.averaged_networks = copy.deepcopy(critic.q_networks).requires_grad_(False)
-    critic.td_loss(critic, *batch(8), targets_of(0.01))
+    critic.td_loss(critic, *batch(8), *rewards_and_discounts(0.01))
     assert float(critic.unit) == 1
 
 
@@ -205,7 +204,7 @@ def test_both_sides_of_the_bellman_equation_come_from_the_training_pass(reward):
     joint = (1.0 if reward == 1 else 0.125) * joint  # the unit
     targets = reward + 0.5 * joint[8:].min(dim=1, keepdim=True).values.detach()
     expected = ((joint[:8] - targets) ** 2).mean(dim=0).sum() / 2
-    loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, targets_of(reward))
+    loss = critic.td_loss(critic, obs, actions, next_obs, next_actions, *(t.double() for t in rewards_and_discounts(reward)))
     assert th.allclose(loss, expected)
     loss.backward()
     assert all(param.grad.any() for name, param in critic.q_networks.named_parameters() if not name.endswith("0.bias"))
@@ -218,7 +217,7 @@ def test_learns_the_discounted_sum_of_a_constant_reward(reward):
     critic = BatchNormCritic(OBS, ACTIONS, [16], FlattenExtractor(OBS), 3)
     optimizer = th.optim.Adam(critic.parameters(), 1e-2, betas=(0.5, 0.999))
     for _ in range(300):
-        loss = critic.td_loss(critic, *batch(32), targets_of(reward))
+        loss = critic.td_loss(critic, *batch(32), *rewards_and_discounts(reward, 32))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,7 +248,7 @@ def test_critics_do_not_train_a_shared_extractor():
     for share in (False, True):
         critic = BatchNormCritic(OBS, ACTIONS, [8], extractor, 3, share_features_extractor=share)
         extractor.zero_grad()
-        critic.td_loss(critic, *batch(6), lambda values: values).backward()
+        critic.td_loss(critic, *batch(6), *rewards_and_discounts(0.0, 6, 1.0)).backward()
         assert (extractor.linear.weight.grad is None) == share
 
 
