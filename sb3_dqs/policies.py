@@ -1,5 +1,6 @@
 """Policies of DQS: they build the actor, the critics and their optimizers, and predict."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,6 +36,12 @@ from sb3_dqs.warn_once import warn_once
 CRITICS: dict[str, type[Critic]] = {"batch_norm": BatchNormCritic, "mlp": MlpCritic}
 # Arguments of the policy that go to the actor as they are
 ACTOR_KWARGS = ("use_sde", "diffusion_steps", "noise", "solver", "n_frequencies")
+
+# What Python says where arguments do not fit a function; torch's functions say "argument", too, of their own
+CALL_ERROR = re.compile(
+    r"unexpected keyword argument|multiple values for argument|required (positional|keyword-only) argument|"
+    r"takes .* positional arguments? but"
+)
 
 
 class DQSPolicy(BasePolicy):
@@ -292,7 +299,16 @@ class DQSPolicy(BasePolicy):
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return self.critic_class(**critic_kwargs).to(self.device)
+        try:
+            return self.critic_class(**critic_kwargs).to(self.device)
+        except TypeError as error:
+            if not CALL_ERROR.search(str(error)):  # of the constructor's own work
+                raise
+            raise ValueError(
+                f"policy_kwargs: `critic_class`={self.critic_class.__name__} fails with the keyword arguments "
+                f"{', '.join(critic_kwargs)} ({error}); take all of them under these names, and in `critic_kwargs` give those "
+                "that it takes."
+            ) from error
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)

@@ -37,7 +37,8 @@ def check_policy(policy_class: type, policy_kwargs: dict[str, Any], observation_
     _check_observations(policy_class, policy_kwargs, observation_space)
     _check_names(policy_class, policy_kwargs)
     _check_extractor(policy_class, policy_kwargs, observation_space)
-    _check_critic_kwargs(policy_class, policy_kwargs)
+    if policy_kwargs.get("critic_kwargs"):
+        _check_critic_kwargs(policy_class, policy_kwargs)
     optimizer_class = policy_kwargs.get("optimizer_class", th.optim.Adam)
     optimizer_kwargs = policy_kwargs.get("optimizer_kwargs") or {}
     check_call("policy_kwargs: `optimizer_class` and `optimizer_kwargs`", optimizer_class, [[]], {"lr": 0}, optimizer_kwargs)
@@ -100,7 +101,7 @@ def _check_critic_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> N
     default = next(own["critic_class"].default for own in signatures if "critic_class" in own)
     critic = policy_kwargs.get("critic_class", default)
     critic = CRITICS[critic] if isinstance(critic, str) else critic
-    check_call(names, critic, [], {}, dict.fromkeys(CRITIC_ARGUMENTS) | (policy_kwargs.get("critic_kwargs") or {}))
+    check_call(names, critic, [], {}, dict.fromkeys(CRITIC_ARGUMENTS) | policy_kwargs["critic_kwargs"])
 
 
 def check_call(names: str, function: Callable, args: list[Any], own: dict[str, Any], given: Mapping[str, Any]) -> None:
