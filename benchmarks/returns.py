@@ -159,15 +159,22 @@ def curves_of(variant: str, env_id: str, paths: list[Path]) -> list[np.ndarray]:
 
 def summary(values: list[float]) -> str:
     """Interquartile mean over seeds, and from two seeds on its interval."""
-    if len(values) < 2:
-        return "".join(f"{value:.0f}" for value in values)
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.0f}"
     low, high = bootstrap_interval(np.array(values))
     return f"{iqm(np.array(values)):.0f} ({low:.0f} to {high:.0f})"
 
 
+def finished_of(curves: list[np.ndarray], steps: int) -> list[np.ndarray]:
+    """The curves of runs that have made all steps."""
+    return [curve for curve in curves if curve[-1, 0] >= steps]
+
+
 def table_row(curves: list[np.ndarray], steps: int, cpu_seconds: float) -> list[str]:
     """Returns of the finished runs, and the last evaluation of the others."""
-    finished = [curve for curve in curves if curve[-1, 0] >= steps]
+    finished = finished_of(curves, steps)
     return [
         str(len(finished)),
         summary([curve[-1, 2] for curve in finished]),
@@ -182,7 +189,7 @@ def plot_curves(ax: Axes, curves: list[np.ndarray], steps: int, color: str, labe
     """A thin line per run; a thick one and its interval for the interquartile mean of the finished runs."""
     for curve in curves:
         ax.plot(curve[:, 0], curve[:, 2], color=color, alpha=0.4, linewidth=0.7)
-    finished = [curve for curve in curves if curve[-1, 0] >= steps]
+    finished = finished_of(curves, steps)
     ax.plot([], [], color=color, label=f"{label} (finished runs: {len(finished)})")
     if finished:
         returns = np.array([curve[:, 2] for curve in finished])
@@ -196,7 +203,7 @@ def mean_over_published(variants: dict[str, list[np.ndarray]], steps: int) -> st
     """Mean over environments of the mean return of the finished runs, over SAC's published return at a million steps."""
     ratios = []
     for env_id, curves in variants.items():
-        finished = [curve for curve in curves if curve[-1, 0] >= steps]
+        finished = finished_of(curves, steps)
         if not finished or env_id not in PUBLISHED_SAC:
             return ""
         ratios.append(np.mean([[curve[-1, 2], curve[-10:, 2].mean()] for curve in finished], axis=0) / PUBLISHED_SAC[env_id])
@@ -209,7 +216,7 @@ def report(results: dict[str, dict[str, list[np.ndarray]]], steps: int, path: Pa
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.8), squeeze=False, layout="constrained")
     rows, limits = [], []
     for ax, (env_id, variants) in zip(axes[0], results.items(), strict=True):
-        cpu_seconds = min((c[-1, 1] for curves in variants.values() for c in curves if c[-1, 0] >= steps), default=0.0)
+        cpu_seconds = min((c[-1, 1] for curves in variants.values() for c in finished_of(curves, steps)), default=0.0)
         limits.append(f"{cpu_seconds:.0f} s on {env_id}")
         for color, (variant, curves) in enumerate(variants.items()):
             if curves:

@@ -203,15 +203,15 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     :return: the values as plain Python numbers and dictionaries
     :raises ValueError: naming the argument, the value and the remedy
     """
-    plain = _checked(arguments, ARGUMENT_CHECKS, "")
-    if "learning_rate" in plain:
-        check_learning_rate(plain["learning_rate"])
-    if "ent_coef" in plain:
-        check_ent_coef(plain["ent_coef"])
-    policy_kwargs = plain.get("policy_kwargs") or {}
-    if "policy_kwargs" in plain:
-        plain["policy_kwargs"] = {**policy_kwargs, **_checked(policy_kwargs, POLICY_KWARGS_CHECKS, "policy_kwargs: ")}
-    return plain
+    checked = _checked(arguments, ARGUMENT_CHECKS, "")
+    if "learning_rate" in checked:
+        check_learning_rate(checked["learning_rate"])
+    if "ent_coef" in checked:
+        check_ent_coef(checked["ent_coef"])
+    policy_kwargs = checked.get("policy_kwargs") or {}
+    if "policy_kwargs" in checked:
+        checked["policy_kwargs"] = {**policy_kwargs, **_checked(policy_kwargs, POLICY_KWARGS_CHECKS, "policy_kwargs: ")}
+    return checked
 
 
 def _checked(arguments: dict[str, Any], checks: dict[str, Argument], start: str) -> dict[str, Any]:
