@@ -80,7 +80,7 @@ def make_model(name: str, env: Any, device: str, policy_kwargs: dict[str, Any] |
     kwargs = {"buffer_size": 10_000, "device": device, "seed": 0, "policy_kwargs": policy_kwargs, **defaults, **kwargs}
     model: Any = algorithm("MlpPolicy", env, **kwargs)
     if name == SINGLE:
-        model.actor.training_dtype = None
+        model.actor.training_dtype = model.critic.training_dtype = None
     return model.learn(100)
 
 

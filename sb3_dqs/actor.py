@@ -294,9 +294,8 @@ class Actor(BasePolicy):
         :param dtype: precision of the hidden layers; by default that of the weights
         :return: unsquashed actions u, shape (..., action_dim), and log-densities of ``tanh(u)`` in nats, shape (...)
         """
-        denoise = fast.denoiser(self, embedding, dtype)
-        density = PathDensity(denoise, latents, self.sigmas, steps)
-        u = self.solver(denoise, self.sigmas[0] * latents, self.sigmas, density)
+        density = PathDensity(fast.denoiser(self, embedding, dtype), latents, self.sigmas, steps)
+        u = self.solver(density.denoise, self.sigmas[0] * latents, self.sigmas, density)
         return u, density.log_density(latents) - log_det_tanh(u)
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
@@ -337,9 +336,8 @@ class Actor(BasePolicy):
         :param u: unsquashed actions, shape (..., action_dim)
         :return: estimate in nats, shape (...)
         """
-        denoise = fast.denoiser(self, embedding)
-        density = PathDensity(denoise, u, self.sigmas)
-        latents = invert(denoise, u, self.sigmas, density)
+        density = PathDensity(fast.denoiser(self, embedding), u, self.sigmas)
+        latents = invert(density.denoise, u, self.sigmas, density)
         return density.log_density(latents) - log_det_tanh(u)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -62,9 +62,10 @@ class RunningAverage(nn.Module):
         self.n_updates.zero_()
         for name in self._names():
             delattr(self, name)
-        for i, param in enumerate(_initialized(module)):
+        parameters = initialized_parameters(module)
+        for i, param in enumerate(parameters):
             self.register_buffer(f"parameter_{i}", param.detach().clone())
-        self.register_buffer("sample", sample_elements(module))
+        self.register_buffer("sample", sample_elements(parameters))
 
     def _names(self) -> list[str]:
         return [name for name in self._buffers if name.startswith("parameter_")]
@@ -83,13 +84,14 @@ class RunningAverage(nn.Module):
         """
         self.n_updates += 1
         rate = averaging_rate(float(self.n_updates), self.lowest_rate)
-        pairs = list(zip(self.values, module.parameters(), strict=True))
+        parameters = list(module.parameters())
+        pairs = list(zip(self.values, parameters, strict=True))
         trained = [(a, p) for a, p in pairs if p.requires_grad]
         fast.update_target([p for _, p in trained], [a for a, _ in trained], rate)
         for average, param in pairs:
             if not param.requires_grad:
                 average.copy_(param)
-        self.sample.copy_(sample_elements(module))
+        self.sample.copy_(sample_elements(parameters))
 
     def is_current(self, module: nn.Module) -> bool:
         """
@@ -98,8 +100,9 @@ class RunningAverage(nn.Module):
         :param module: the module
         :return: False if parameters were changed, added or taken away since the last update
         """
-        shapes = [param.shape for param in _initialized(module)]
-        return shapes == [value.shape for value in self.values] and th.equal(sample_elements(module), self.sample)
+        parameters = initialized_parameters(module)
+        shapes = [param.shape for param in parameters]
+        return shapes == [value.shape for value in self.values] and th.equal(sample_elements(parameters), self.sample)
 
     def stand_in(self, module: nn.Module) -> nn.Module:
         """
@@ -126,19 +129,24 @@ def _with_parameters(module: nn.Module, values: dict[int, th.Tensor]) -> nn.Modu
     return result
 
 
-def _initialized(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters; none as long as one of them has no shape so far."""
+def initialized_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """
+    The parameters of a module.
+
+    :param module: the module
+    :return: all of them; none as long as one has no shape so far
+    """
     parameters = list(module.parameters())
     return [] if any(isinstance(param, nn.parameter.UninitializedParameter) for param in parameters) else parameters
 
 
 @th.no_grad()
-def sample_elements(module: nn.Module) -> th.Tensor:
+def sample_elements(parameters: list[nn.Parameter]) -> th.Tensor:
     """
     Parameters of at most 4,096 elements, and of larger ones every 61st element: as 61 is prime, some of most rows and columns.
 
-    :param module: the module
+    :param parameters: those of a module
     :return: flat copy
     """
-    parts = [param.flatten()[:: 1 if param.numel() <= 4096 else 61] for param in _initialized(module)]
+    parts = [param.flatten()[:: 1 if param.numel() <= 4096 else 61] for param in parameters]
     return th.cat([part.to(parts[0].device) for part in parts]) if parts else th.zeros(0)

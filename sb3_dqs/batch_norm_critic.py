@@ -181,7 +181,7 @@ class BatchNormCritic(Critic):
         self._update_unit(soft_rewards, n_updates <= 0)
         inputs, next_inputs = self._inputs(obs, actions), self._inputs(next_obs, next_actions)
         both = th.cat([inputs, next_inputs])
-        values = [self.unit * training_pass(q_network, both) for q_network in self.q_networks]
+        values = [self.unit * training_pass(q_network, both, self.training_dtype) for q_network in self.q_networks]
         pairs = [both_values.split([len(inputs), len(next_inputs)]) for both_values in values]
         targets = soft_rewards + discounts * minimum(next_values.detach() for _, next_values in pairs)
         return squared_errors((q_values for q_values, _ in pairs), targets)
@@ -213,16 +213,20 @@ class BatchNormCritic(Critic):
         self.unit.copy_(unit)
 
 
-def training_pass(network: nn.Module, x: th.Tensor) -> th.Tensor:
+def training_pass(network: nn.Module, x: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
     """
     A batch through a network, normalised by its own statistics.
 
     :param network: successive layers
     :param x: shape (n, size)
+    :param dtype: precision of the products between the first linear layer and the last; by default that of the weights
     :return: shape (n, 1)
     """
     assert isinstance(network, nn.Sequential)  # for type checker
     layers = list(network)  # not children(), which leaves out a layer that comes twice
-    for layer, function in zip(layers, fast.as_functions(layers), strict=True):
-        x = layer.normalize(x) if isinstance(layer, BatchNorm) else function(x)
+    functions = fast.as_functions(layers, x.dtype, x.dtype)
+    # Small differences between actions need a precise first layer, large values a precise last one
+    functions[2:-1] = fast.as_functions(layers, dtype, x.dtype)[2:-1]
+    for layer, function in zip(layers, functions, strict=True):
+        x = layer.normalize(x.to(layer.weight.dtype)) if isinstance(layer, BatchNorm) else function(x)
     return x

@@ -8,6 +8,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -294,7 +295,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        self.actor.training_dtype = fast.training_dtype(self.device)
+        self.actor.training_dtype = self.critic.training_dtype = fast.training_dtype(self.device)
         if self.compile:
             fast.compile_sampler(self.actor)
 
@@ -385,9 +386,10 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if logs:
             # One transfer from a GPU
-            means = th.stack([th.stack(values).mean().to(self.device) for values in logs.values()]).tolist()
+            all_values = iter(th.stack([value.to(self.device) for values in logs.values() for value in values]).tolist())
             remedy = f"To go on, {LOAD_EARLIER} ({learning_rate=})"
-            for name, mean in zip(logs, means, strict=True):
+            for name, values in logs.items():
+                mean = sum(islice(all_values, len(values))) / len(values)
                 check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
         check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)

@@ -260,7 +260,7 @@ def optimizer_kwargs(
 @functools.cache
 def training_dtype(device: th.device) -> th.dtype | None:
     """
-    Precision of the sampler's hidden layers in training.
+    Precision of the hidden layers of the sampler and of the critics in training.
 
     :param device: device
     :return: bfloat16 where its matrix products are faster: CPUs with AMX or AVX512-BF16, GPUs with tensor cores for it;

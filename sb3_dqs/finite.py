@@ -146,7 +146,9 @@ def check_parameters(
     """
     tensors = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
     tensors = [tensor for tensor in tensors if type(tensor) is nn.Parameter and tensor.layout == th.strided]
-    norms = [norm.to(tensors[0].device, th.float32) for norm in th._foreach_norm(tensors)] if tensors else []
+    norms = list(th._foreach_norm(tensors)) if tensors else []
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device, th.float32) for norm in norms]
     if not norms or th.stack(norms).sum().isfinite():
         return
     state = dict(policy.named_parameters())

@@ -60,7 +60,7 @@ def record(name: str) -> dict[str, Any]:
     kwargs = {"policy": "MlpPolicy", "env": ENVS.get(name, lambda: "Pendulum-v1")(), **SMALL, **CASES[name]}
     kwargs["policy_kwargs"] = {"net_arch": [16, 16], **kwargs.get("policy_kwargs", {})}
     model = DQS(**kwargs)
-    model.actor.training_dtype = None  # processors with and without bfloat16 products agree
+    model.actor.training_dtype = model.critic.training_dtype = None  # processors with and without bfloat16 products agree
     losses = []
     for n_steps in (22, 178):  # learning starts after 20
         model.learn(n_steps, reset_num_timesteps=False)

@@ -64,6 +64,33 @@ def test_training_pass_is_that_of_batch_normalisation():
     assert all(th.allclose(*pair) for pair in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Softsign])
+@pytest.mark.parametrize("net_arch", [(), (16,), (32, 16, 8)])
+def test_training_pass_in_another_precision(monkeypatch, net_arch, activation_fn):
+    """Of the hidden layers: the first tells small differences of actions, the last gives large values."""
+    network, dtypes = make_critic(net_arch, activation_fn=activation_fn).q_networks[0], []
+    x, linear = th.randn(64, 5, requires_grad=True), nn.functional.linear
+    expected = training_pass(network, x)
+
+    def recorded(x, weight, bias=None):
+        dtypes.append((x.dtype, weight.dtype))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", recorded)
+    values = training_pass(network, x, th.bfloat16)
+    n_layers = len(net_arch) + 1
+    ends = [(th.float32, th.float32)]
+    assert dtypes == (ends + (n_layers - 2) * [(th.bfloat16, th.bfloat16)] + ends)[:n_layers]
+    # A product of numbers that are rounded to 2^-9 of themselves: some thousandths of its spread, more after the ReLU
+    n_rounded = max(n_layers - 2, 0)
+    assert values.dtype == th.float32 and (values - expected).std() <= 0.01 * n_rounded * expected.std()
+    assert th.equal(values, expected) == (n_rounded == 0)
+    weights = th.randn_like(values)
+    parameters = list(network.parameters())
+    gradient, exact = (th.cat([g.flatten() for g in th.autograd.grad(y, parameters, weights)]) for y in (values, expected))
+    assert gradient.dtype == th.float32 and (gradient - exact).norm() <= 0.02 * n_rounded * exact.norm() + 1e-5
+
+
 def test_a_layer_that_comes_twice():
     activation = nn.Tanh()
     twice, copies = make_critic(activation_fn=lambda: activation), make_critic(activation_fn=nn.Tanh)
