@@ -111,7 +111,7 @@ class Actor(BasePolicy):
 
         self.action_dim = get_action_dim(self.action_space)
         self.sigmas = self.noise.sampling(self.diffusion_steps)
-        # Precision of the sampler's hidden layers in training, see fast.training_dtype(); None is that of the weights
+        # Precision of the sampler's large hidden layers in training, see fast.training_dtype(); None is that of the weights
         self.training_dtype: th.dtype | None = None
 
         self.input_norm = BatchNorm(features_dim)
@@ -272,7 +272,7 @@ class Actor(BasePolicy):
 
         :param embedding: what ``embed()`` returned, shape (..., width + 2 * action_dim)
         :param latents: standard normal numbers, shape (..., action_dim)
-        :param dtype: precision of the hidden layers; by default that of the weights
+        :param dtype: precision of large hidden layers, see :func:`sb3_dqs.fast.as_functions`; by default that of the weights
         :return: unsquashed actions u, of the shape of ``latents``
         """
         return self.solver(fast.denoiser(self, embedding, dtype), self.sigmas[0] * latents, self.sigmas, None)
@@ -291,11 +291,12 @@ class Actor(BasePolicy):
         :param latents: standard normal numbers, shape (..., action_dim)
         :param steps: of the sampler, after the first, at which the trace is taken, each for one more denoiser call;
             by default all
-        :param dtype: precision of the hidden layers; by default that of the weights
+        :param dtype: precision of large hidden layers, see :func:`sb3_dqs.fast.as_functions`; by default that of the weights
         :return: unsquashed actions u, shape (..., action_dim), and log-densities of ``tanh(u)`` in nats, shape (...)
         """
-        density = PathDensity(fast.denoiser(self, embedding, dtype), latents, self.sigmas, steps)
-        u = self.solver(density.denoise, self.sigmas[0] * latents, self.sigmas, density)
+        denoise = fast.denoiser(self, embedding, dtype)
+        density = PathDensity(denoise, latents, self.sigmas, steps)
+        u = self.solver(denoise, self.sigmas[0] * latents, self.sigmas, density)
         return u, density.log_density(latents) - log_det_tanh(u)
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
@@ -336,8 +337,9 @@ class Actor(BasePolicy):
         :param u: unsquashed actions, shape (..., action_dim)
         :return: estimate in nats, shape (...)
         """
-        density = PathDensity(fast.denoiser(self, embedding), u, self.sigmas)
-        latents = invert(density.denoise, u, self.sigmas, density)
+        denoise = fast.denoiser(self, embedding)
+        density = PathDensity(denoise, u, self.sigmas)
+        latents = invert(denoise, u, self.sigmas, density)
         return density.log_density(latents) - log_det_tanh(u)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:

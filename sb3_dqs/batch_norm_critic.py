@@ -219,14 +219,17 @@ def training_pass(network: nn.Module, x: th.Tensor, dtype: th.dtype | None = Non
 
     :param network: successive layers
     :param x: shape (n, size)
-    :param dtype: precision of the products between the first linear layer and the last; by default that of the weights
+    :param dtype: precision of large layers between the first linear layer and the last, see
+        :func:`sb3_dqs.fast.as_functions`; by default that of the weights
     :return: shape (n, 1)
     """
     assert isinstance(network, nn.Sequential)  # for type checker
     layers = list(network)  # not children(), which leaves out a layer that comes twice
-    functions = fast.as_functions(layers, x.dtype, x.dtype)
-    # Small differences between actions need a precise first layer, large values a precise last one
-    functions[2:-1] = fast.as_functions(layers, dtype, x.dtype)[2:-1]
+    functions = fast.as_functions(layers)
+    linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    if len(linear) > 2:  # the first tells small differences between actions, the last gives large values
+        hidden = slice(linear[0] + 1, linear[-1])
+        functions[hidden] = fast.as_functions(layers, dtype)[hidden]
     for layer, function in zip(layers, functions, strict=True):
-        x = layer.normalize(x.to(layer.weight.dtype)) if isinstance(layer, BatchNorm) else function(x)
+        x = layer.normalize(x) if isinstance(layer, BatchNorm) else function(x)
     return x

@@ -48,7 +48,7 @@ class Critic(BaseModel, ABC):
     has_target: ClassVar[bool] = True
     # Arguments of Adam, for critic and actor, where the user gives none
     adam_kwargs: ClassVar[dict[str, Any]] = {}
-    # Precision of the hidden layers in ``td_loss()``, for a critic that takes another; None is that of the weights
+    # Precision of large hidden layers in ``td_loss()``, for a critic that takes another; None is that of the weights
     training_dtype: th.dtype | None = None
     optimizer: th.optim.Optimizer
 

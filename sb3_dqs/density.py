@@ -24,9 +24,9 @@ class PathDensity:
 
     ``v^T (dD/dx) v`` has the trace for its mean over random signs v (Hutchinson 1990,
     https://doi.org/10.1080/03610919008812866; for densities Grathwohl et al. 2019, "FFJORD",
-    https://arxiv.org/abs/1810.01367), here by a finite difference: one more answer of the denoiser, and no derivative.
+    https://arxiv.org/abs/1810.01367), here by a finite difference: one more call of the denoiser, and no derivative.
 
-    :param denoiser: the denoiser; a solver that is given :meth:`denoise` in its place has both answers in one call
+    :param denoise: the denoiser
     :param like: a tensor of the shape, type and device of the actions
     :param sigmas: noise levels of the solver, falling
     :param steps: levels at which the trace is taken, at least the last; by default all but the first. See :func:`trace_steps`
@@ -35,42 +35,22 @@ class PathDensity:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoise: Denoiser,
         like: th.Tensor,
         sigmas: list[float],
         steps: Collection[int] | None = None,
         shift: float = 0.1,
     ):
-        self.denoiser = denoiser
+        self.denoise = denoise
         self.sigmas = sigmas
         self.steps = sorted(steps or range(1, len(sigmas)))
         self.shift = shift
         self.signs = th.randint_like(like, 2) * 2 - 1
         self.traces: dict[int, th.Tensor] = {}
-        self._trace_sigmas = {sigmas[step] for step in self.steps}
-        self._last: tuple[th.Tensor, th.Tensor] | None = None  # x of the last joint call, and the answer at x moved
-
-    def denoise(self, x: th.Tensor, sigma: float) -> th.Tensor:
-        """
-        The denoiser. At the level of a trace it is asked at x moved, too, in the same call, which costs less than two.
-
-        :param x: noisy actions, shape (..., action_dim)
-        :param sigma: their noise level
-        :return: estimate of E[u | x], of the shape of x
-        """
-        if sigma not in self._trace_sigmas:
-            return self.denoiser(x, sigma)
-        denoised, moved = self.denoiser(th.stack([x, self._move(x, sigma)]), sigma)
-        self._last = (x, moved)
-        return denoised
-
-    def _move(self, x: th.Tensor, sigma: float) -> th.Tensor:
-        return x + self.shift * sigma * self.signs
 
     def __call__(self, step: int, x: th.Tensor, sigma: float, denoised: th.Tensor) -> None:
         if step in self.steps:
-            is_known = self._last is not None and self._last[0] is x
-            moved = self._last[1] if is_known else self.denoiser(self._move(x, sigma), sigma)  # type: ignore[index]
+            moved = self.denoise(x + self.shift * sigma * self.signs, sigma)
             self.traces[step] = (self.signs * (moved - denoised)).sum(dim=-1) / (self.shift * sigma)
 
     def log_density(self, latents: th.Tensor) -> th.Tensor:

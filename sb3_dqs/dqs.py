@@ -386,10 +386,11 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if logs:
             # One transfer from a GPU
-            all_values = iter(th.stack([value.to(self.device) for values in logs.values() for value in values]).tolist())
+            all_values = [value.to(self.device, th.float32).mean() for values in logs.values() for value in values]
+            numbers = iter(th.stack(all_values).tolist())
             remedy = f"To go on, {LOAD_EARLIER} ({learning_rate=})"
             for name, values in logs.items():
-                mean = sum(islice(all_values, len(values))) / len(values)
+                mean = sum(islice(numbers, len(values))) / len(values)
                 check_finite(f"train/{name}", mean, self.num_timesteps, remedy)
                 self.logger.record(f"train/{name}", mean)
         check_parameters(self.policy, [self.actor.optimizer, self.critic.optimizer], self.num_timesteps, learning_rate)

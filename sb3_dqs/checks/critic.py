@@ -45,11 +45,11 @@ def check_critic(critic: Critic, observation_space: spaces.Space, action_space: 
     with evaluation_mode(critic), th.enable_grad():
         with th.no_grad():
             targets = call("backup_values", lambda: critic.backup_values(obs, actions[:, 0]), n_states, None)
-        values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
-        first = actions[:, 0].detach()
+        first, zeros = actions[:, 0], th.zeros(n_states, 1, device=critic.device)
         call("loss", lambda: critic.loss(obs, first, th.zeros_like(targets)))
-        zeros = th.zeros(n_states, 1, device=critic.device)
         loss = call("td_loss", lambda: critic.td_loss(critic, obs, first, obs, first, zeros, zeros))
+        # After td_loss(), which may change buffers that the energy's gradient needs
+        values = call("energy", lambda: critic.energy(obs)(actions.requires_grad_()), n_states, n_actions)
     if not has_gradient(values, [actions]):
         raise ValueError(f"{start}: the values of energy must have a gradient with respect to the actions, got none.")
     registered = set(critic.parameters())

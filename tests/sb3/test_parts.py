@@ -136,6 +136,17 @@ class TestInstances:
         assert model.logger.name_to_value["train/calls"] == pytest.approx((6 + 7) / 2)
         assert "train/ess" not in model.logger.name_to_value
 
+    @pytest.mark.parametrize("shape", [(1,), (3, 2)])
+    def test_metrics_that_are_no_scalars_are_averaged(self, make_model, shape):
+        class OwnTarget(CountingTarget):
+            def forward(self, density, draws):
+                targets, _ = super().forward(density, draws)
+                return targets, {"calls": th.full(shape, self.n_calls)}  # integers
+
+        model = make_model(denoiser_target=OwnTarget(), policy_delay=2).learn(30)
+        model.train(4, 16)
+        assert model.logger.name_to_value["train/calls"] == pytest.approx((6 + 7) / 2)
+
     def test_temperature_is_told_entropy_and_learning_rate_at_every_step(self, make_model):
         model = make_model(ent_coef=CountingTemperature(), learning_rate=lambda progress: 1e-3 * progress).learn(30)
         before = len(model.temperature.seen)

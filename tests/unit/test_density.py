@@ -70,33 +70,6 @@ def test_traces_of_a_linear_denoiser(action_dim):
     assert density.traces[2].std() < 1e-9
 
 
-def test_one_call_of_the_denoiser_for_actions_and_trace():
-    """The same traces as with two calls, and as many calls as levels."""
-    denoise, sigmas, latents = CASES["two modes"][0], NOISE.sampling(8), th.randn(20, 1, dtype=th.float64)
-    calls = []
-
-    def counted(x, sigma):
-        calls.append(sigma)
-        return denoise(x, sigma)
-
-    joint = PathDensity(counted, latents, sigmas, trace_steps(8))
-    separate = PathDensity(denoise, latents, sigmas, trace_steps(8))
-    separate.signs = joint.signs
-    actions = [
-        dpm_solver_2m(denoiser, sigmas[0] * latents, sigmas, density)
-        for denoiser, density in ((joint.denoise, joint), (denoise, separate))
-    ]
-    assert calls == sigmas and th.allclose(*actions)
-    assert th.allclose(joint.log_density(latents), separate.log_density(latents))
-    # A solver may ask at other places of the same level before it calls back
-    step, x = 3, th.ones_like(latents)
-    denoised = joint.denoise(x, sigmas[step])
-    joint.denoise(2 * x, sigmas[step])
-    for density in (joint, separate):
-        density(step, x, sigmas[step], denoised)
-    assert th.allclose(joint.traces[step], separate.traces[step])
-
-
 @pytest.mark.parametrize("action_dim", [1, 3])
 def test_density_of_a_gaussian_with_one_trace(action_dim):
     """Above and below that level the integrals are known."""

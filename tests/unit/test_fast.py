@@ -112,6 +112,14 @@ def assert_close(values, expected, tolerance, is_rounded=False):
 
 
 @settings(max_examples=60)
+@pytest.fixture(autouse=True, scope="module")
+def small_layers_in_bfloat16():
+    """The networks of these tests are small."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(fast, "MIN_WEIGHTS", 1)
+        yield
+
+
 @given(st.data())
 def test_fast_is_plain(data):
     draw = data.draw
