@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -44,6 +45,9 @@ class BatchNormCritic(Critic):
     of two: ``unit_ratio`` times the root mean square of the soft rewards ``r - discounts * ent_coef * log pi``,
     rounded up, and at most 1; a batch whose soft rewards are all 0 leaves it as it is. When it changes, the last layers are
     rescaled, so that the values stay (as in Pop-Art, van Hasselt et al. 2016, https://arxiv.org/abs/1602.07714).
+
+    A subclass with other targets or errors overrides :meth:`combine` or :meth:`errors`; :meth:`td_loss` calls neither
+    ``backup_values()`` nor ``loss()``.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -156,11 +160,30 @@ class BatchNormCritic(Critic):
             features = self.extract_features(obs, self.features_extractor)
         return th.cat([features, actions], dim=1)
 
+    def combine(self, q_values: Sequence[th.Tensor]) -> th.Tensor:
+        """
+        What the targets are made of: the minimum. :meth:`td_loss` and :meth:`backup_values` call it.
+
+        :param q_values: values of each network, shape (batch_size, 1)
+        :return: shape (batch_size, m)
+        """
+        return minimum(q_values)
+
+    def errors(self, q_values: Sequence[th.Tensor], targets: th.Tensor) -> th.Tensor:
+        """
+        Errors of the values. :meth:`td_loss` and :meth:`loss` call it.
+
+        :param q_values: values of each network, shape (batch_size, 1)
+        :param targets: shape (batch_size, m)
+        :return: scalar
+        """
+        return squared_errors(q_values, targets)
+
     def backup_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        return minimum(self(obs, actions))
+        return self.combine(self(obs, actions))
 
     def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        return squared_errors(self(obs, actions), targets)
+        return self.errors(self(obs, actions), targets)
 
     def td_loss(
         self,
@@ -183,8 +206,8 @@ class BatchNormCritic(Critic):
         both = th.cat([inputs, next_inputs])
         values = [self.unit * training_pass(q_network, both, self.training_dtype) for q_network in self.q_networks]
         pairs = [both_values.split([len(inputs), len(next_inputs)]) for both_values in values]
-        targets = soft_rewards + discounts * minimum(next_values.detach() for _, next_values in pairs)
-        return squared_errors((q_values for q_values, _ in pairs), targets)
+        targets = soft_rewards + discounts * self.combine([next_values.detach() for _, next_values in pairs])
+        return self.errors([q_values for q_values, _ in pairs], targets)
 
     def energy(self, obs: PyTorchObs) -> Energy:
         features = self.extract_features(obs, self.features_extractor)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
+from torch import nn
 
+from sb3_dqs.batch_norm_critic import BatchNormCritic
 from sb3_dqs.critics import Critic
 from sb3_dqs.observations import zero_observations
 from sb3_dqs.training_mode import evaluation_mode
@@ -20,12 +22,14 @@ def check_critic(critic: Critic, observation_space: spaces.Space, action_space: 
     :param observation_space: Observation space
     :param action_space: Action space
     :raises ValueError: if one of them fails or gives a wrong shape, and if the gradient of the values with respect to the
-        actions, or of the loss with respect to the critic's parameters, is missing
+        actions, or of the loss with respect to the critic's parameters, is missing; see also :func:`check_networks`
     """
     n_states, n_actions, action_dim = 2, 3, get_action_dim(action_space)
     obs = zero_observations(observation_space, n_states, critic.device)
     actions = th.zeros(n_states, n_actions, action_dim, device=critic.device)
     start = f"policy_kwargs: `critic_class`={type(critic).__name__}"
+    if isinstance(critic, BatchNormCritic):
+        check_networks(critic, start)
 
     def call(method: str, function: Callable[[], th.Tensor], *expected: int | None) -> th.Tensor:
         try:
@@ -64,6 +68,32 @@ def check_critic(critic: Critic, observation_space: spaces.Space, action_space: 
     if not has_gradient(loss, networks):
         raise ValueError(f"{start}: the gradient of loss reaches none of its registered networks; compute loss by them.")
     critic.load_state_dict(before)  # loss() may have changed buffers
+
+
+def check_networks(critic: BatchNormCritic, start: str) -> None:
+    """
+    What a subclass of :class:`BatchNormCritic` inherits must fit what it changes.
+
+    :param critic: the critic, new
+    :param start: of the message
+    :raises ValueError: if it overrides what the inherited ``td_loss()`` does not call, if the inherited ``td_loss()`` cannot
+        pass its networks, and if their averages are not a copy of them
+    """
+    cls, parent = type(critic), BatchNormCritic
+    if cls.td_loss is parent.td_loss:
+        for method, instead in (("backup_values", "combine"), ("loss", "errors")):
+            if getattr(cls, method) is not getattr(parent, method):
+                raise ValueError(f"{start}: td_loss() of BatchNormCritic does not call {method}(); override {instead}().")
+        if not all(isinstance(network, nn.Sequential) and len(network) > 0 for network in critic.q_networks):
+            raise ValueError(f"{start}: each of `q_networks` must be a torch.nn.Sequential; or override td_loss().")
+    networks, averages = critic.q_networks, critic.averaged_networks
+    state, averaged = networks.state_dict(), averages.state_dict()
+    is_copy = repr(networks) == repr(averages) and list(state) == list(averaged)
+    if not (is_copy and all(th.equal(value, averaged[name]) for name, value in state.items())):
+        raise ValueError(
+            f"{start}: `averaged_networks` must be a copy of `q_networks`; where they are changed, end with "
+            "self.averaged_networks = copy.deepcopy(self.q_networks).requires_grad_(False)."
+        )
 
 
 @th.enable_grad()

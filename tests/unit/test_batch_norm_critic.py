@@ -139,12 +139,59 @@ def test_critics_learn_in_bfloat16_where_it_is_fast(monkeypatch, is_fast):
     assert set(dtypes) == {th.float32}
 
 
+def make_subclass(critic_class, **policy_kwargs):
+    return DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"critic_class": critic_class, "net_arch": [8], **policy_kwargs})
+
+
 def test_a_subclass_is_a_critic():
     class OwnCritic(BatchNormCritic):
         pass
 
-    model = DQS("MlpPolicy", "Pendulum-v1", policy_kwargs={"critic_class": OwnCritic, "net_arch": [8]})
+    model = make_subclass(OwnCritic)
     assert type(model.critic) is OwnCritic and model.critic.unit == 1
+
+
+def test_targets_and_errors_of_a_subclass():
+    class OwnCritic(BatchNormCritic):
+        def combine(self, q_values):
+            return 0 * q_values[0] + 3
+
+        def errors(self, q_values, targets):
+            return targets.sum() + 0 * sum(values.sum() for values in q_values)
+
+    critic, (obs, actions) = make_subclass(OwnCritic).critic, (th.randn(8, 3), th.rand(8, 1))
+    assert critic.td_loss(critic, obs, actions, obs, actions, *rewards_and_discounts(2.0)).item() == 8 * (2 + 0.5 * 3)
+    assert (critic.backup_values(obs, actions) == 3).all() and critic.loss(obs, actions, th.ones(8, 1)).item() == 8
+
+
+class Networks(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("backup_values", lambda self, obs, actions: self(obs, actions)[0], "override combine"),
+        ("loss", lambda self, obs, actions, targets: self(obs, actions)[0].sum(), "override errors"),
+        ("change", lambda networks: networks[0].insert(2, nn.Dropout()), "averaged_networks` must be a copy"),
+        ("change", lambda networks: networks[1].__setitem__(2, nn.Tanh()), "averaged_networks` must be a copy"),
+        ("change", lambda networks: nn.init.zeros_(networks[1][-1].weight), "averaged_networks` must be a copy"),
+        ("change", lambda networks: networks.__setitem__(0, Networks(networks[0])), "must be a torch.nn.Sequential"),
+    ],
+)
+def test_a_subclass_that_does_not_fit_what_it_inherits(attribute, value, message):
+    class OwnCritic(BatchNormCritic):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if attribute == "change":
+                value(self.q_networks)
+
+    if attribute != "change":
+        setattr(OwnCritic, attribute, value)
+    with pytest.raises(ValueError, match=f"`critic_class`=OwnCritic: .*{message}"):
+        make_subclass(OwnCritic)
 
 
 def test_a_layer_that_comes_twice():
