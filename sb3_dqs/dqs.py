@@ -320,7 +320,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
                     obs, next_obs = self.augmentation(obs), self.augmentation(next_obs)
             # No action follows a terminal observation, and the targets multiply its value by 0: a' is drawn at s instead, so
             # that actor and entropy are those of states in which the policy acts
-            next_obs = where(replay_data.dones.flatten() > 0, obs, next_obs)
+            acting_obs = where(replay_data.dones.flatten() > 0, obs, next_obs)
             # For n-step replay, discount factor is gamma**n_steps (when no early termination)
             discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
             discounts = (1 - replay_data.dones) * discounts
@@ -331,7 +331,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
             # A critic without a target network, as the default, is its own Q_target
             with th.no_grad():
                 # a' = tanh(next_u)
-                next_u, next_log_prob = self.actor.draw(self.actor.embed(next_obs))
+                next_u, next_log_prob = self.actor.draw(self.actor.embed(acting_obs))
                 # entropy term
                 soft_rewards = replay_data.rewards
                 if self.backup == "soft":
@@ -355,7 +355,7 @@ class DQS(SACAttributes, OffPolicyAlgorithm):
                     self.temperature.bound(q_spread)
                     metrics = {**metrics, "q_spread": q_spread}
                 else:
-                    actor_loss, metrics = self.next_actor_loss(next_obs, next_u, ent_coef)
+                    actor_loss, metrics = self.next_actor_loss(acting_obs, next_u, ent_coef)
                 if actor_loss.requires_grad:  # some parameter of the actor is not frozen
                     self.actor.optimizer.zero_grad()
                     actor_loss.backward()

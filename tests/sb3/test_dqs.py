@@ -273,8 +273,11 @@ class TestActor:
         model = make_model(policy, env=env)
         batches, embed, embedded = record_batches(model.learn(30)), model.actor.embed, []
         model.actor.embed = lambda obs: embedded.append(obs) or embed(obs)
+        td_loss, seen = model.critic.td_loss, []
+        model.critic.td_loss = lambda *args: seen.append(args) or td_loss(*args)
         model.train(1, 64)
         batch = batches[0]
+        assert seen[0][3] is batch.next_observations  # the critic's are those of the environment
         obs, next_obs, drawn = (
             th.cat([*part.values()], dim=1) if isinstance(part, dict) else part
             for part in (batch.observations, batch.next_observations, embedded[0])
