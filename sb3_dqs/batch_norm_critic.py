@@ -248,11 +248,9 @@ def training_pass(network: nn.Module, x: th.Tensor, dtype: th.dtype | None = Non
     """
     assert isinstance(network, nn.Sequential)  # for type checker
     layers = list(network)  # not children(), which leaves out a layer that comes twice
-    functions = fast.as_functions(layers)
     linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-    if len(linear) > 2:  # the first tells small differences between actions, the last gives large values
-        hidden = slice(linear[0] + 1, linear[-1])
-        functions[hidden] = fast.as_functions(layers, dtype)[hidden]
+    # The first tells small differences between actions, the last gives large values
+    functions = fast.as_functions(layers, dtype, precise=linear[:1] + linear[-1:])
     for layer, function in zip(layers, functions, strict=True):
         x = layer.normalize(x) if isinstance(layer, BatchNorm) else function(x)
     return x

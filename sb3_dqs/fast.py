@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -84,7 +84,7 @@ def is_unchanged(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
-def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None) -> list[Layer]:
+def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None, precise: Collection[int] = ()) -> list[Layer]:
     """
     Successive layers as functions: plain linear layers without the overhead of a module, and a plain ReLU that writes into the
     output of the plain linear layer before it. Other layers are called as they are.
@@ -92,14 +92,15 @@ def as_functions(layers: Iterable[nn.Module], dtype: th.dtype | None = None) -> 
     :param layers: in their order
     :param dtype: precision of the matrix products of plain linear layers that are large (``MIN_WEIGHTS``); their results are
         rounded back. By default that of the weights
+    :param precise: indices of layers that keep the precision of their weights
     :return: functions, the first of a tensor that nothing else needs
     """
     functions: list[Layer] = []
     is_free = True  # nothing else needs the input
-    for layer in layers:
+    for index, layer in enumerate(layers):
         is_linear = is_plain(layer, nn.Linear)
         if is_linear:
-            functions.append(_linear(layer, dtype))
+            functions.append(_linear(layer, None if index in precise else dtype))
         elif is_free and is_plain(layer, nn.ReLU):
             functions.append(th.relu_)
         else:

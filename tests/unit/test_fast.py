@@ -111,7 +111,6 @@ def assert_close(values, expected, tolerance, is_rounded=False):
     assert (errors.median() if is_rounded else errors.max()) <= tolerance * expected.abs().max().clamp(min=1)
 
 
-@settings(max_examples=60)
 @pytest.fixture(autouse=True, scope="module")
 def small_layers_in_bfloat16():
     """The networks of these tests are small."""
@@ -120,6 +119,7 @@ def small_layers_in_bfloat16():
         yield
 
 
+@settings(max_examples=60)
 @given(st.data())
 def test_fast_is_plain(data):
     draw = data.draw
